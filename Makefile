@@ -1,0 +1,30 @@
+# Each target works in a fresh clone: python3, make and the package index are all it needs.
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/ready
+INSTALL := $(VENV)/bin/python -m pip install --quiet --constraint .ci/constraints.txt
+
+.PHONY: demo test lint gpu-check
+
+demo: $(READY)
+	$(VENV)/bin/python examples/demo.py --output_dir demo
+
+test: lint
+	$(VENV)/bin/python -m pytest
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# On a machine with a GPU, with its own Python, torch and Triton: the whole suite on real kernels.
+gpu-check:
+	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'gpu-check needs a GPU'"
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest
+
+# torch comes first, by itself, so that nothing else can pull in another build of it.
+$(READY): pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch
+	$(INSTALL) --editable '.[triton,train,dev]'
+	touch $(READY)
