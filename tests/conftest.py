@@ -1,0 +1,54 @@
+"""Where the kernels run in this session: on a GPU if there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# `make gpu-check` runs where only torch and Triton need be; `make test` installs all of these.
+NEEDS = {
+    "test_train_sdxl.py": "diffusers",
+    "test_examples_data.py": "diffusers",
+    "test_packaging.py": "kernels",
+}
+collect_ignore = [
+    name for name, needed in NEEDS.items() if HAS_GPU and importlib.util.find_spec(needed) is None
+]
+
+
+def pytest_report_header() -> list[str]:
+    where = torch.cuda.get_device_name() if HAS_GPU else "Triton's interpreter"
+    left_out = [f"not collected, for want of {NEEDS[name]}: {name}" for name in collect_ignore]
+    return [f"kernels run on: {where}", *left_out]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    skip = pytest.mark.skip(reason="needs a GPU")
+    for item in items:
+        if "gpu" in item.keywords and not HAS_GPU:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if HAS_GPU else torch.device("cpu")
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fills whatever torch.empty returns with NaN, so that nothing unwritten passes for a
+    result."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)

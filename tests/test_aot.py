@@ -1,0 +1,75 @@
+"""What the compiler makes of each kernel for each target: vectors, no spills, few registers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastpref_kernels import LINKS, launch
+
+TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    script = Path(__file__).with_name("aot.py")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def vectors(operands: dict[str, int]) -> int:
+    """16-byte accesses a thread needs for its share of one block of each operand."""
+    per_thread = launch.BLOCK // launch.THREADS
+    return sum(count * per_thread * BYTES[dtype] // 16 for dtype, count in operands.items())
+
+
+def case(row: dict[str, Any]) -> str:
+    return " ".join(str(value) for value in row.values())
+
+
+def test_every_link_and_target_compiles(rows: list[dict[str, Any]]) -> None:
+    forward = {(row["link"], row["target"]) for row in rows if row["kernel"] == "pair_fwd"}
+    assert forward == {(link, target) for link in LINKS for target in TARGETS}
+    backward = {row["target"] for row in rows if row["kernel"] == "pair_bwd"}
+    assert backward == set(TARGETS)
+
+
+def test_nothing_spills_and_registers_are_few(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        assert row["spilled"] == 0, case(row)
+        assert row["registers"] <= 64, case(row)
+
+
+def test_elements_move_in_16_byte_vectors(rows: list[dict[str, Any]]) -> None:
+    """As many 16-byte accesses as a block has bytes, and narrow ones for scalars alone."""
+    for row in (row for row in rows if not row["strided"]):
+        n_targets = 1 if row["shared"] else 2
+        needed = vectors({row["pred"]: 2}) + vectors({row["of_target"]: n_targets})
+        assert row["loads"].get("16") == needed, case(row)
+        narrow = {width: n for width, n in row["loads"].items() if width != "16"}
+        if row["kernel"] == "pair_fwd":  # the last program's partial sums, winners' and losers'
+            assert narrow == {"4": 2 * launch.PAIRS * launch.PARTS // launch.THREADS}, case(row)
+            assert "16" not in row["stores"], case(row)
+        else:  # grad_loss and two slopes; scalar loads on gfx942
+            assert narrow in ({"4": 3}, {}), case(row)
+            assert row["stores"] == {"16": vectors({row["pred"]: 2})}, case(row)
+
+
+def test_other_layouts_load_each_element_once(rows: list[dict[str, Any]]) -> None:
+    strided = [row for row in rows if row["strided"] and row["kernel"] == "pair_fwd"]
+    assert strided
+    per_thread = launch.BLOCK // launch.THREADS
+    for row in strided:
+        assert row["loads"]["2"] == per_thread, case(row)  # bf16 target, shared
+        partials = 2 * launch.PAIRS * launch.PARTS // launch.THREADS
+        assert row["loads"]["4"] == 2 * per_thread + partials, case(row)

@@ -1,0 +1,168 @@
+"""The loss among PyTorch's machinery: torch.compile, opcheck, autocast, second derivatives."""
+# mypy: disable-error-code="arg-type, index, union-attr"
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastpref
+from fastpref.losses import Impl
+
+
+@pytest.fixture
+def latents(device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(2, 4, 8, 10, generator=generator)
+    pred = target.repeat(2, 1, 1, 1) + 0.1 * torch.randn(4, 4, 8, 10, generator=generator)
+    return pred.to(device).requires_grad_(), target.to(device)
+
+
+def step(pred: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    out = fastpref.mapo_loss(pred * 1.5, target, **options)
+    return out.loss, out.metrics()
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch", "auto"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compile_fullgraph(
+    impl: Impl, backend: str, reduction: str, latents: tuple[Tensor, Tensor]
+) -> None:
+    pred, target = latents
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    results = []
+    for function in (step, compiled):
+        loss, metrics = function(pred, target, impl=impl, reduction=reduction)
+        (grad,) = torch.autograd.grad(loss.sum(), pred)
+        results.append((loss, grad, metrics))
+    exact = {"rtol": 0, "atol": 0} if impl == "triton" else {"rtol": 1e-5, "atol": 1e-7}
+    torch.testing.assert_close(results[1][:2], results[0][:2], **exact)
+    torch.testing.assert_close(results[1][2], results[0][2], rtol=1e-5, atol=1e-6)
+
+
+def test_compile_tuples_and_halves(latents: tuple[Tensor, Tensor]) -> None:
+    pred, target = latents
+    torch._dynamo.reset()
+
+    def loss(w: Tensor, l: Tensor) -> Tensor:  # noqa: E741
+        return fastpref.mapo_loss((w, l), (target, target), impl="triton").loss
+
+    w, l = (half.detach().to(torch.bfloat16).requires_grad_() for half in pred.chunk(2))  # noqa: E741
+    plain = torch.autograd.grad(loss(w, l), (w, l))
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(w, l), (w, l))
+    torch.testing.assert_close(compiled, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_a_tensor_beta_does_not_recompile(impl: Impl, latents: tuple[Tensor, Tensor]) -> None:
+    pred, target = latents
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def loss(pred: Tensor, beta: Tensor) -> Tensor:
+        return fastpref.mapo_loss(pred, target, beta=beta, impl=impl).loss
+
+    losses = []
+    for beta in (0.1, 0.2, 0.7):
+        losses.append(loss(pred, torch.tensor(beta, device=pred.device)).item())
+        plain = fastpref.mapo_loss(pred, target, beta=beta, impl=impl).loss.item()
+        assert losses[-1] == pytest.approx(plain, rel=1e-6)
+    assert len(set(losses)) == 3
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_compile_other_shapes(dynamic: bool, device: torch.device) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for height in (6, 8, 12):
+        pred = torch.randn(6, 4, height, 5, device=device, requires_grad=True)
+        target = torch.randn(6, 4, height, 5, device=device)
+        got, wanted = (f(pred, target, impl="triton")[0] for f in (compiled, step))
+        assert torch.equal(got, wanted)
+        grads = (torch.autograd.grad(loss, pred)[0] for loss in (got, wanted))
+        assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("halves", [True, False])
+def test_opcheck(shared: bool, halves: bool, device: torch.device) -> None:
+    pred, loser = torch.randn(2, 3, 6, 7, device=device)
+    target = torch.randn(3, 6, 7, device=device)
+    preds = (pred, loser) if halves else (torch.cat([pred, loser]), None)
+    targets = (target, None) if shared else (torch.cat([target, target + 1]), None)
+    for reduction in ("mean", "none"):
+        forward = ("mapo", [0.1, 0.5, 1000.0], [None] * 3, *preds, *targets, reduction)
+        torch.library.opcheck(torch.ops.fastpref.pair_forward.default, forward)
+        loss, stats = torch.ops.fastpref.pair_forward(*forward)
+        backward = (torch.ones_like(loss), stats, *preds, *targets, True, halves)
+        torch.library.opcheck(torch.ops.fastpref.pair_backward.default, backward)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(
+    impl: Impl, dtype: torch.dtype, latents: tuple[Tensor, Tensor]
+) -> None:
+    pred, target = latents
+    plain = fastpref.mapo_loss(pred, target, impl=impl)
+    with torch.autocast(pred.device.type, dtype=dtype):
+        cast = fastpref.mapo_loss(pred, target, impl=impl)
+        (grad,) = torch.autograd.grad(cast.loss, pred)
+    assert torch.equal(cast.loss, plain.loss)
+    assert torch.equal(grad, torch.autograd.grad(plain.loss, pred)[0])
+
+
+def test_second_derivatives(latents: tuple[Tensor, Tensor]) -> None:
+    pred, target = latents
+    loss = fastpref.mapo_loss(pred, target, impl="triton").loss
+    (plain,) = torch.autograd.grad(loss, pred, retain_graph=True)
+    (grad,) = torch.autograd.grad(loss, pred, create_graph=True)  # by itself this is no harm
+    assert torch.equal(grad, plain)
+    with pytest.raises(RuntimeError, match=r'first derivatives only.*impl="torch"'):
+        grad.square().sum().backward()
+    loss = fastpref.mapo_loss(pred, target, impl="torch").loss
+    (grad,) = torch.autograd.grad(loss, pred, create_graph=True)
+    grad.square().sum().backward()
+    assert pred.grad.isfinite().all()
+
+
+def test_a_second_backward_says_what_is_wrong(latents: tuple[Tensor, Tensor]) -> None:
+    pred, target = latents
+    out = fastpref.mapo_loss(pred, target, impl="triton")
+    out.loss.backward(retain_graph=True)
+    out.loss.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        out.loss.backward()
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_only_the_loss_carries_a_gradient(impl: Impl, latents: tuple[Tensor, Tensor]) -> None:
+    pred, target = latents
+    out = fastpref.mapo_loss(pred, target, impl=impl)
+    assert out.loss.requires_grad
+    assert not any(field.requires_grad for field in out[1:4])
+    with torch.no_grad():
+        assert not fastpref.mapo_loss(pred, target, impl=impl).loss.requires_grad
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_the_loss_scales_and_adds_up_with_others(
+    impl: Impl, latents: tuple[Tensor, Tensor]
+) -> None:
+    """As in a trainer: divided for accumulation, scaled for fp16, next to another loss."""
+    pred, target = latents
+    (alone,) = torch.autograd.grad(fastpref.mapo_loss(pred, target, impl=impl).loss, pred)
+    total = 1024 * (fastpref.mapo_loss(pred, target, impl=impl).loss / 4 + pred.square().sum())
+    (together,) = torch.autograd.grad(total, pred)
+    torch.testing.assert_close(together, 1024 * (alone / 4 + 2 * pred), rtol=1e-5, atol=1e-4)

@@ -1,0 +1,146 @@
+"""What only a GPU can show: streams, graphs, other devices, waiting, memory, very large tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastpref
+
+pytestmark = pytest.mark.gpu
+
+
+def latents(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A prediction (2B, ...) and a target (B, ...) which its pairs share."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    target = torch.randn(shape, device="cuda", generator=generator)
+    noise = torch.randn((2 * shape[0], *shape[1:]), device="cuda", generator=generator)
+    pred = target.repeat(2, *[1] * (len(shape) - 1)) + 0.1 * noise
+    return pred.requires_grad_(), target
+
+
+def step(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    loss = fastpref.mapo_loss(pred, target, impl="triton").loss
+    return loss.detach(), torch.autograd.grad(loss, pred)[0]
+
+
+def test_nothing_waits_for_the_device() -> None:
+    pred, target = latents(2, 4, 64, 64)
+    beta = torch.tensor(0.1, device="cuda")
+    step(pred, target)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = fastpref.mapo_loss(pred, target, beta=beta)
+        out.loss.backward()
+        out.metrics()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_streams_at_once() -> None:
+    """Many launches in flight on several streams, each with the ticket of its own stream."""
+    inputs = [latents(2, 4, 128, 128, seed=i) for i in range(4)]
+    wanted = [step(*each) for each in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    results: list[list[tuple[Tensor, Tensor]]] = [[] for _ in inputs]
+    for _ in range(50):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                results[i].append(step(*inputs[i]))
+    torch.cuda.synchronize()
+    for got, (loss, grad) in zip(results, wanted, strict=True):
+        assert all(torch.equal(each[0], loss) and torch.equal(each[1], grad) for each in got)
+
+
+def test_1000_runs_repeat_bit_for_bit() -> None:
+    pred, target = latents(3, 4, 96, 100)
+    loss, grad = step(pred, target)
+    for _ in range(1000):
+        again = step(pred, target)
+        assert torch.equal(again[0], loss)
+        assert torch.equal(again[1], grad)
+
+
+def test_graphs_replayed_at_once() -> None:
+    """Two graphs captured on one stream, replayed on two: each launch has a ticket of its own."""
+    inputs = [latents(2, 4, 128, 128, seed=i) for i in range(2)]
+    wanted = [step(*each) for each in inputs]
+    graphs, outputs = [], []
+    for each in inputs:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs.append(step(*each))
+        graphs.append(graph)
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(100):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for got, each in zip(outputs, wanted, strict=True):
+        assert torch.equal(got[0], each[0])
+        assert torch.equal(got[1], each[1])
+    pred, target = inputs[0]
+    pred.data.copy_(inputs[1][0])
+    target.copy_(inputs[1][1])
+    graphs[0].replay()
+    torch.cuda.synchronize()
+    assert torch.equal(outputs[0][0], wanted[1][0])
+
+
+def test_reduce_overhead() -> None:
+    """torch.compile's own CUDA graphs."""
+    pred, target = latents(2, 4, 64, 64)
+    compiled = torch.compile(
+        lambda p, t: fastpref.mapo_loss(p, t).loss, fullgraph=True, mode="reduce-overhead"
+    )
+    wanted = step(pred, target)
+    for _ in range(5):
+        torch.compiler.cudagraph_mark_step_begin()
+        loss = compiled(pred, target)
+        (grad,) = torch.autograd.grad(loss, pred)
+        torch.testing.assert_close(loss.detach().clone(), wanted[0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(grad.clone(), wanted[1], rtol=1e-6, atol=0)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one() -> None:
+    pred, target = latents(2, 4, 64, 64)
+    other = torch.device("cuda", 1)
+    moved = pred.detach().to(other).requires_grad_()
+    loss, grad = step(moved, target.to(other))
+    assert loss.device == grad.device == other
+    assert torch.equal(grad.cpu(), step(pred, target)[1].cpu())
+
+
+def test_extra_memory_is_under_64_kib() -> None:
+    pred, target = latents(4, 16, 64, 64, 16)
+    step(pred, target)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    grad = step(pred, target)[1]
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before - grad.nbytes < 64 * 1024
+
+
+def test_more_than_2_to_the_31_elements() -> None:
+    """In the tensor, and in one sample of it."""
+    if torch.cuda.mem_get_info()[0] < 48 * 2**30:
+        pytest.skip("needs 48 GiB")
+    n = 2**31 + 4096
+    for shape in ((1, n), (2, n // 2)):
+        target = torch.zeros(shape, device="cuda", dtype=torch.bfloat16)
+        pred = torch.full((2 * shape[0], shape[1]), 0.5, device="cuda", dtype=torch.bfloat16)
+        pred[-1, -1] = 4.0
+        pred.requires_grad_()
+        out = fastpref.sft_loss(pred, target, impl="triton")
+        assert out.mse_w.tolist() == pytest.approx([0.25] * shape[0], rel=1e-5)
+        assert out.mse_l.tolist() == pytest.approx([0.25] * shape[0], rel=1e-5)
+        (grad,) = torch.autograd.grad(out.mse_l.sum() * 0 + out.loss, pred)
+        assert grad[0, -1].item() == pytest.approx(1.0 / shape[1] / shape[0], rel=1e-2)
+        assert grad[-1, -1].item() == 0
+        del pred, target, grad, out
