@@ -107,9 +107,9 @@ def _shared(target: Operand, n_pairs: int) -> bool:
 
 def _programs(n_pairs: int, n_elements: int) -> int:
     """Programs per pair: one a block, or fewer that read equally many blocks each."""
-    blocks = triton.cdiv(n_elements, BLOCK)
-    rounds = triton.cdiv(blocks, max(1, MAX_PROGRAMS // n_pairs))
-    return triton.cdiv(blocks, rounds)
+    blocks = -(-n_elements // BLOCK)
+    rounds = -(-blocks // max(1, MAX_PROGRAMS // n_pairs))
+    return -(-blocks // rounds)
 
 
 def _layout(n_elements: int, *operands: Operand) -> tuple[tuple[int, ...], list[Strides], bool]:
