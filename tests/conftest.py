@@ -13,6 +13,7 @@ HAS_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)  # tensors are tiny: more threads only wait for one another
 
 # `make gpu-check` runs where only torch and Triton need be; `make test` installs all of these.
 NEEDS = {
