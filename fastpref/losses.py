@@ -150,7 +150,7 @@ def pair_loss(
         loss, stats = ops.pair_loss(link, values, pairs, reduction)
     else:
         loss, stats = reference.pair_loss(LINKS[link], values, pairs, reduction)
-    return LossOutput(loss, *stats.unbind())
+    return LossOutput(loss, *stats.unbind()[:3])
 
 
 def _check_hyper(link: str, given: Mapping[str, Any], device: torch.device) -> list[Hyper]:
