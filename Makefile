@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/ready
 INSTALL := $(VENV)/bin/python -m pip install --quiet --constraint .ci/constraints.txt
 
-.PHONY: demo test lint gpu-check
+.PHONY: demo test lint bench gpu-check
 
 demo: $(READY)
 	$(VENV)/bin/python examples/demo.py --output_dir demo
@@ -16,6 +16,9 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+bench: $(READY)
+	$(VENV)/bin/python benchmarks/bench_loss.py
 
 # On a machine with a GPU, with its own Python, torch and Triton: the whole suite on real kernels.
 gpu-check:
