@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -121,16 +122,18 @@ def _amd(asm: Any) -> dict[str, Any]:
 
 
 def recorders(
-    link: str, pred: str, target: str, shared: bool, channels_last: bool = False, side: int = 64
+    link: str, pred: str, target: str, shared: bool, layout: str
 ) -> tuple[Recorder, Recorder]:
-    """The launches of one training step on two pairs of 4 x side x side latents."""
-    model_pred = torch.zeros(4, 4, side, side, dtype=DTYPES[pred])
-    if channels_last:
+    """The launches of one training step on two pairs of 4x64x64 latents; if wide, of as many
+    elements as need 64 bits, which nothing here allocates."""
+    model_pred = torch.zeros(4, 4, 64, 64, dtype=DTYPES[pred])
+    if layout == "channels_last":
         model_pred = model_pred.to(memory_format=torch.channels_last)
-    wanted = torch.zeros(2 if shared else 4, 4, side, side, dtype=DTYPES[target])
+    wanted = torch.zeros(2 if shared else 4, 4, 64, 64, dtype=DTYPES[target])
     hyper = list(LINKS[link].hyper.values())
     operands = (model_pred, None), (wanted, None)
-    with recorded() as both:
+    count = (2, 2**32) if layout == "wide" else launch._count(operands[0])
+    with recorded() as both, mock.patch.object(launch, "_count", return_value=count):
         loss, stats = launch.pair_forward(
             LINKS[link], hyper, [None] * len(hyper), *operands, "mean"
         )
@@ -140,16 +143,16 @@ def recorders(
 
 def rows(targets: list[str]) -> Iterator[dict[str, Any]]:
     """Every link in fp32; and with mapo, each mixture of dtypes that trainers have, both forms of
-    target, and a layout that is not dense. The backward kernel does not know the link."""
+    target, and other layouts. The backward kernel does not know the link."""
     dtypes = [("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16"), ("fp16", "fp16")]
-    cases = [("mapo", p, t, shared, False) for p, t in dtypes for shared in (True, False)]
-    cases += [("mapo", "fp32", "bf16", True, True)]
-    cases += [(link, "fp32", "fp32", True, False) for link in LINKS if link != "mapo"]
+    cases = [("mapo", p, t, shared, "dense") for p, t in dtypes for shared in (True, False)]
+    cases += [("mapo", "fp32", "bf16", True, layout) for layout in ("wide", "channels_last")]
+    cases += [(link, "fp32", "fp32", True, "dense") for link in LINKS if link != "mapo"]
     for case in cases:
         fwd, bwd = recorders(*case)
         for recorder in (fwd, bwd) if case[0] == "mapo" else (fwd,):
             for name in targets:
-                keys = ("link", "pred", "of_target", "shared", "strided")
+                keys = ("link", "pred", "of_target", "shared", "layout")
                 yield dict(zip(keys, case, strict=True)) | compiled(recorder, name)
 
 

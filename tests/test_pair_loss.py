@@ -247,6 +247,18 @@ def test_offsets_beyond_32_bits(inner: bool, device: torch.device) -> None:
     check(pred, torch.cat([target_w, target_l]))
 
 
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last, cropped])
+def test_64_bit_indices_inside_a_row(
+    layout: Callable[[Tensor], Tensor], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The road that samples of 2^31 elements take, on a small one."""
+    from fastpref_kernels import launch
+
+    monkeypatch.setattr(launch, "INT32_ELEMENTS", 0)
+    pred_w, pred_l, target_w, target_l = draw((2, 4, 20, 20), FP32, BF16, device)
+    check(layout(torch.cat([pred_w, pred_l])), torch.cat([target_w, target_l]))
+
+
 @given(
     shape=st.lists(st.integers(1, 9), min_size=2, max_size=5),
     order=st.randoms(use_true_random=False),
@@ -302,7 +314,7 @@ def test_bit_for_bit_repeatable(device: torch.device) -> None:
 
 
 def test_the_order_of_arrival_does_not_matter(device: torch.device) -> None:
-    """A pair's loss does not depend on the pairs beside it, bit for bit."""
+    """On the same number of programs, a pair's loss does not depend on the pairs beside it."""
     pred_w, pred_l, target_w, target_l = draw((5, 3000), FP32, FP32, device)
     options: dict[str, Any] = {"link": "mapo", "impl": "triton", "reduction": "none"}
     together, _ = run((pred_w, pred_l), (target_w, target_l), **options)
