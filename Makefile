@@ -20,10 +20,15 @@ lint: $(READY)
 bench: $(READY)
 	$(VENV)/bin/python benchmarks/bench_loss.py
 
-# On a machine with a GPU, with its own Python, torch and Triton: the whole suite on real kernels.
+# On a machine with a GPU and its own Python, with torch, triton, pytest, hypothesis, numpy, mpmath:
+# the whole suite on real kernels, then the race and memory checkers on small shapes.
+gpu-check: export PYTHONPATH := .:kernels
 gpu-check:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'gpu-check needs a GPU'"
-	PYTHONPATH=.:kernels $(PYTHON) -m pytest
+	$(PYTHON) -m pytest tests/test_gpu.py tests
+	for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+		compute-sanitizer --tool $$tool --error-exitcode 1 \
+		$(PYTHON) -m pytest tests/test_pair_loss.py -k "test_shapes and mapo" || exit 1; done
 
 # torch comes first, by itself, so that nothing else can pull in another build of it.
 $(READY): pyproject.toml .ci/constraints.txt

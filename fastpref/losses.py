@@ -4,6 +4,7 @@ an implementation."""
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -37,7 +38,8 @@ class LossOutput(NamedTuple):
     ref_mse_l: Tensor | None = None
 
     def metrics(self) -> dict[str, Tensor]:
-        """Batch means to log, as 0-d tensors on the device: nothing here waits for it.
+        """What to log, as 0-d tensors on the device: nothing here waits for it. All are means over
+        pairs, but for the loss with reduction="sum", which is their sum.
 
         accuracy: share of pairs with margin > 0; a tie counts one half.
         gradient_factor: mean sigmoid(-margin), the share of the preference gradient that is left:
@@ -95,7 +97,7 @@ def mapo_loss(
 
         beta, snr and num_train_timesteps are floats above 0, or 0-d tensors on model_pred's device,
         which may change from step to step without a sync or a recompilation (and whose values are
-        not checked).
+        not checked). Under torch.compile a float that changes recompiles.
 
     Returns:
         LossOutput. Errors and link are computed in fp32 (by PyTorch in fp64 if an input is fp64),
@@ -175,11 +177,12 @@ def _positive(name: str, value: Any, device: torch.device) -> Hyper:
         if value.device.type != "cpu":
             raise ValueError(f"{name} is on {value.device}: {device}, model_pred's, is needed")
         value = value.item()  # it is in host memory: nothing is waited for
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is a {type(value).__name__}: a float or 0-d tensor is needed")
+    value = float(value)
     if not 0 < value < math.inf:
         raise ValueError(f"{name} is {value}: a finite number above 0 is needed")
-    return float(value)
+    return value
 
 
 def _takes_triton(impl: str, pairs: Pairs) -> bool:

@@ -40,9 +40,12 @@ def check_pairs(model_pred: Halves, target: Halves) -> Pairs:
             "as many losers as winners are needed, torch.cat([winners, losers])"
         )
     n_pairs = n_samples // 2 if pred_l is None else n_samples
-    leading = (n_pairs, 2 * n_pairs) if target_l is None else (n_pairs,)
-    if list(target_w.shape[1:]) != sample or target_w.shape[0] not in leading:
-        needed = " or ".join(str((n, *sample)) for n in reversed(leading))
+    # no `in`: Dynamo gets it wrong for symbolic sizes
+    shared_or_half = target_w.shape[0] == n_pairs
+    stacked = target_l is None and target_w.shape[0] == 2 * n_pairs
+    if list(target_w.shape[1:]) != sample or not (shared_or_half or stacked):
+        leading = (2 * n_pairs, n_pairs) if target_l is None else (n_pairs,)
+        needed = " or ".join(str((n, *sample)) for n in leading)
         each = "" if target_l is None else " in each half"
         raise ValueError(
             f"target has shape {tuple(target_w.shape)}{each}, but model_pred holds {n_pairs} "
@@ -87,6 +90,8 @@ def _tensor(name: str, value: object) -> Tensor:
         raise TypeError(
             f"{name} has dtype {value.dtype}: float32, float16, bfloat16 or float64 is needed"
         )
+    if not torch.compiler.is_compiling() and value.is_neg():
+        value = value.resolve_neg()  # a lazily negated view, whose memory holds the opposite
     if value.dim() < 2:
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}: at least two dimensions, (samples, ...), "

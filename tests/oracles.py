@@ -123,7 +123,8 @@ def assert_three_way(name: str, got: Tensor, eager: Tensor, truth: Truth) -> Non
     error, eager_error = (
         np.abs(t.detach().double().cpu().numpy() - truth.value).max() for t in (got, eager)
     )
-    rounding = torch.finfo(got.dtype).eps * np.abs(truth.value).max() + torch.finfo(got.dtype).tiny
+    kind = torch.finfo(got.dtype)
+    rounding = kind.eps * np.abs(truth.value).max() + kind.eps * kind.tiny  # the least it can hold
     rounding += torch.finfo(torch.float32).eps * np.abs(truth.moves).max()
     allowed = 2 * (eager_error + rounding)
     assert error <= allowed, f"{name}: off by {error:.3e}, allowed {allowed:.3e}"

@@ -96,15 +96,33 @@ def test_compile_other_shapes(dynamic: bool, device: torch.device) -> None:
         assert torch.equal(*grads)
 
 
+@pytest.mark.parametrize("form", ["shared", "stacked", "halves"])
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_compile_other_batch_sizes(form: str, impl: Impl, device: torch.device) -> None:
+    """Down to the last pair of an epoch."""
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for n_pairs in (3, 2, 1):
+        pred = torch.randn(2 * n_pairs, 4, 6, device=device, requires_grad=True)
+        target: Any = torch.randn(n_pairs, 4, 6, device=device)
+        if form != "shared":
+            target = (target, target + 1) if form == "halves" else torch.cat([target, target + 1])
+        got, wanted = (f(pred, target, impl=impl)[0] for f in (compiled, step))
+        torch.testing.assert_close(got, wanted)
+
+
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("halves", [True, False])
 def test_opcheck(shared: bool, halves: bool, device: torch.device) -> None:
-    pred, loser = torch.randn(2, 3, 6, 7, device=device)
-    target = torch.randn(3, 6, 7, device=device)
+    pred, loser, target = torch.randn(3, 3, 6, 7, device=device)
+    pred, loser = pred.bfloat16().transpose(1, 2), loser.transpose(1, 2)
     preds = (pred, loser) if halves else (torch.cat([pred, loser]), None)
-    targets = (target, None) if shared else (torch.cat([target, target + 1]), None)
+    target = target.transpose(1, 2)
+    targets = (target, None) if shared else (target, target.half() + 1)
+    beta = torch.tensor(0.1, device=device)
     for reduction in ("mean", "none"):
-        forward = ("mapo", [0.1, 0.5, 1000.0], [None] * 3, *preds, *targets, reduction)
+        tensors = [beta if reduction == "none" else None, None, None]
+        forward = ("mapo", [0.1, 0.5, 1000.0], tensors, *preds, *targets, reduction)
         torch.library.opcheck(torch.ops.fastpref.pair_forward.default, forward)
         loss, stats = torch.ops.fastpref.pair_forward(*forward)
         backward = (torch.ones_like(loss), stats, *preds, *targets, True, halves)

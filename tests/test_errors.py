@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -86,6 +87,12 @@ def test_constants_may_come_from_a_graph_where_none_is_recorded() -> None:
     target = torch.ones(2, 3, requires_grad=True) * 2
     with torch.no_grad():
         assert fastpref.mapo_loss(X, target).loss.isfinite()
+
+
+@pytest.mark.parametrize("beta", [np.float32(0.25), np.float64(0.25), np.int64(1), 1])
+def test_any_real_number_is_a_hyperparameter(beta: Any) -> None:
+    plain = fastpref.mapo_loss(X, X + 0.1, beta=float(beta)).loss
+    assert torch.equal(fastpref.mapo_loss(X, X + 0.1, beta=beta).loss, plain)
 
 
 def test_a_tensor_beta_from_host_memory_is_checked() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -104,6 +107,32 @@ def test_reduce_overhead() -> None:
         (grad,) = torch.autograd.grad(loss, pred)
         torch.testing.assert_close(loss.detach().clone(), wanted[0], rtol=1e-6, atol=0)
         torch.testing.assert_close(grad.clone(), wanted[1], rtol=1e-6, atol=0)
+
+
+def test_reduce_overhead_as_the_first_call_of_a_process() -> None:
+    """torch.compile warms up inside a memory pool of its graph; the tickets must not lie in it."""
+    script = """
+import torch, fastpref
+pred = torch.randn(4, 4, 64, 64, device="cuda", requires_grad=True)
+target = torch.randn(2, 4, 64, 64, device="cuda")
+compiled = torch.compile(lambda p: fastpref.mapo_loss(p, target).loss, mode="reduce-overhead")
+losses = []
+for _ in range(5):
+    torch.compiler.cudagraph_mark_step_begin()
+    loss = compiled(pred)
+    torch.autograd.grad(loss, pred)
+    losses.append(loss.item())
+assert losses == [fastpref.mapo_loss(pred, target).loss.item()] * 5, losses
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+def test_almost_2_to_the_31_elements_in_a_sample() -> None:
+    """Where counting blocks in 32 bits would overflow."""
+    pred = torch.full((2, 1), 2.0, device="cuda").expand(2, 2**31 - 1)
+    out = fastpref.sft_loss(pred, torch.zeros(1, 1, device="cuda").expand(1, 2**31 - 1))
+    assert out.mse_w.tolist() == out.mse_l.tolist() == [pytest.approx(4.0, rel=1e-5)]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,6 +124,64 @@ def test_every_element_is_read_once(
     assert times(accesses["store"], grad) == {1}
     assert accesses["load"].total() == elements + 3 * n_programs  # grad_loss and two slopes
     assert accesses["store"].total() == grad.numel()
+
+
+def test_a_launch_makes_the_tensors_device_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches where the process stands: if that is elsewhere, it moves, and back."""
+    visited: list[str] = []
+
+    @contextlib.contextmanager
+    def moved(index: int) -> Iterator[None]:
+        visited.append(f"to {index}")
+        yield
+        visited.append("back")
+
+    module = SimpleNamespace(current_device=lambda: 0, device=moved)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    for index in (0, 1):
+        with launch._current(torch.device("cuda", index)):
+            visited.append(f"launch for {index}")
+    assert visited == ["launch for 0", "to 1", "launch for 1", "back"]
+
+
+def test_tickets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each stream of each device and for each captured launch, never two at a time; a new
+    slab when one is used up, but not during a capture, which clears a counter of its own."""
+    now = {"stream": 7, "capturing": False}
+    zeros = torch.zeros
+    monkeypatch.setattr(launch, "_stream", lambda device: now["stream"])
+    monkeypatch.setattr(launch, "_capturing", lambda device: now["capturing"])
+    monkeypatch.setattr(launch, "_new_slab", lambda device: zeros(4, dtype=torch.int32))
+    monkeypatch.setattr(torch, "zeros", lambda n, dtype, device: zeros(n, dtype=dtype))
+    for state in (launch._tickets, launch._spare, launch._slabs):
+        monkeypatch.setattr(launch, state_name(state), type(state)())
+
+    def ticket(stream: int, capturing: bool = False, index: int = 0) -> int:
+        now.update(stream=stream, capturing=capturing)
+        found = launch._ticket(torch.device("cuda", index))
+        assert found.tolist() == [0]
+        kept.append(found)
+        return found.data_ptr()
+
+    kept: list[Tensor] = []
+    cold = ticket(7, capturing=True)  # nothing is there yet
+    assert not launch._slabs
+    a, b = ticket(7), ticket(8)
+    captured = {ticket(7, capturing=True) for _ in range(2)}
+    assert ticket(7) == a
+    assert ticket(8) == b
+    assert len({cold, a, b, *captured}) == 5
+    assert len(launch._slabs) == 1
+    beyond = ticket(8, capturing=True)  # the slab's four are gone
+    assert len(launch._slabs) == 1
+    assert len({beyond, ticket(9), a, b, *captured}) == 6
+    assert len(launch._slabs) == 2
+    assert ticket(7, index=1) != a
+    assert len(launch._slabs) == 3
+
+
+def state_name(state: object) -> str:
+    return next(name for name, value in vars(launch).items() if value is state)
 
 
 class Recorded(TorchDispatchMode):

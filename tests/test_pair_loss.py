@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 import fastpref
 from fastpref.pairs import Halves
 from fastpref_kernels import LINKS
+from fastpref_kernels.launch import INTERPRETED
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -259,6 +261,14 @@ def test_64_bit_indices_inside_a_row(
     check(layout(torch.cat([pred_w, pred_l])), torch.cat([target_w, target_l]))
 
 
+def test_negated_views(device: torch.device) -> None:
+    """Real tensors whose memory holds the opposite of their values."""
+    pred_w, pred_l, target_w, target_l = draw((2, 30), FP32, FP32, device)
+    z = torch.complex(torch.zeros(4, 30, device=device), -torch.cat([target_w, target_l]))
+    assert z.conj().imag.is_neg()
+    check(torch.cat([pred_w, pred_l]), z.conj().imag)
+
+
 @given(
     shape=st.lists(st.integers(1, 9), min_size=2, max_size=5),
     order=st.randoms(use_true_random=False),
@@ -313,7 +323,28 @@ def test_bit_for_bit_repeatable(device: torch.device) -> None:
             assert torch.equal(a, b)
 
 
-def test_the_order_of_arrival_does_not_matter(device: torch.device) -> None:
+@pytest.mark.skipif(not INTERPRETED, reason="orders programs in the interpreter")
+def test_the_order_of_arrival_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever comes last and finishes, the bits are the same."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    pred_w, pred_l, target_w, target_l = draw((3, 5000), FP32, FP32, torch.device("cpu"))
+    options: dict[str, Any] = {"link": "mapo", "impl": "triton"}
+    first, first_grads = run((pred_w, pred_l), (target_w, target_l), **options)
+    in_order = InterpreterBuilder.set_grid_idx
+    for seed in range(5):
+        order = random.Random(seed).sample(range(15), 15)  # three pairs of five blocks
+        monkeypatch.setattr(
+            InterpreterBuilder,
+            "set_grid_idx",
+            lambda self, x, y, z, order=order: in_order(self, order[x], y, z),
+        )
+        again, grads = run((pred_w, pred_l), (target_w, target_l), **options)
+        assert all(torch.equal(a, b) for a, b in zip(first[:4], again[:4], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(first_grads, grads, strict=True))
+
+
+def test_neighbours_do_not_matter(device: torch.device) -> None:
     """On the same number of programs, a pair's loss does not depend on the pairs beside it."""
     pred_w, pred_l, target_w, target_l = draw((5, 3000), FP32, FP32, device)
     options: dict[str, Any] = {"link": "mapo", "impl": "triton", "reduction": "none"}

@@ -30,7 +30,7 @@ class TinyUNet(nn.Module):
 
 
 def published(pred: Tensor, target: Tensor) -> Tensor:
-    """MaPO as trainers write it, in eager PyTorch (METHODS of the official code, exp(x) - 1)."""
+    """MaPO as the official code writes it, with exp(x) - 1 in fp32."""
     errors = (pred.float() - target.float()).square().mean(dim=(1, 2, 3))
     w, l = errors.chunk(2)  # noqa: E741
 
@@ -66,9 +66,11 @@ def curve(loss_name: str, device: torch.device, steps: int = 60) -> list[float]:
     return losses
 
 
-def test_equal_curves(device: torch.device) -> None:
+def test_equal_curves(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     fused, plain = curve("triton", device), curve("torch", device)
     assert fused == pytest.approx(plain, rel=1e-3)
-    # the published formula adds noise of its own, exp(x) - 1 in fp32: METHODS of mapo, up to 2e-3
+    # the published formula adds noise of its own: exp(x) - 1 costs margins up to 0.02 here
     assert fused == pytest.approx(curve("published", device), rel=2e-2)
     assert min(fused[-10:]) < 0.7 * max(fused[:5])  # it learned, so the curves say something

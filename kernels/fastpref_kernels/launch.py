@@ -4,6 +4,7 @@ is allocated."""
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -161,23 +162,49 @@ _slabs: list[Tensor] = []  # captured graphs point into these for as long as the
 def _ticket(device: torch.device) -> Tensor:
     """A counter at 0 that no launch running at the same time can use: one per stream, and one per
     captured launch, since a graph may be replayed on any stream. Every launch leaves its counter at
-    0, so none is ever cleared again."""
+    0, so that none is cleared again."""
     if device.type == "cpu":  # the interpreter; a launch that raises must not spoil the next one
         return torch.zeros(1, dtype=torch.int32)
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    key = (device.index, triton.runtime.driver.active.get_current_stream(device.index))
+    capturing = _capturing(device)
+    key = (device.index, _stream(device))
     if not capturing and key in _tickets:
         return _tickets[key]
     ticket = next(_spare.get(device.index, iter(())), None)
     if ticket is None:
-        if capturing:  # nothing can be waited for: the graph clears a counter of its own
+        if capturing:  # nothing can be waited for: the graph gets a counter that it clears itself
             return torch.zeros(1, dtype=torch.int32, device=device)
-        slab = torch.zeros(4096, dtype=torch.int32, device=device)
-        # other streams must see the zeros: the one wait, once per device
-        torch.get_device_module(device).current_stream().synchronize()
+        slab = _new_slab(device)
         _slabs.append(slab)
         _spare[device.index] = (slab[i : i + 1] for i in range(len(slab)))
         ticket = next(_spare[device.index])
     if not capturing:
         _tickets[key] = ticket
     return ticket
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _stream(device: torch.device) -> int:
+    return int(triton.runtime.driver.active.get_current_stream(device.index))
+
+
+def _new_slab(device: torch.device) -> Tensor:
+    """Counters at 0 for 4096 streams and captured launches, there before any stream can use them.
+
+    Made in a thread and on a stream of its own: torch.compile's "reduce-overhead" warms up inside a
+    memory pool that belongs to its thread or stream, and takes back what that holds.
+    """
+    made: list[Tensor] = []
+
+    def make() -> None:
+        module = torch.get_device_module(device)
+        with module.device(device.index), module.stream(module.Stream(device.index)):
+            made.append(torch.zeros(4096, dtype=torch.int32, device=device))
+            module.current_stream().synchronize()
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    return made[0]

@@ -78,12 +78,13 @@ def _finish(
     for i in tl.static_range(len(values)):
         hyper = hyper + (_hyper(values[i], tensors[i]),)  # noqa: RUF005 (the jit knows no unpacking)
     partials_l = partials + n_pairs * n_programs
+    n = tl.zeros([PAIRS], tl.float32) + n_elements
     total = tl.zeros([PAIRS], tl.float32)
     for first in range(0, n_pairs, PAIRS):
         pair = first + tl.arange(0, PAIRS)
         inside = pair < n_pairs
-        err_w = _sum_parts(partials, pair, n_pairs, n_programs, PAIRS, PARTS) / n_elements
-        err_l = _sum_parts(partials_l, pair, n_pairs, n_programs, PAIRS, PARTS) / n_elements
+        err_w = tl.div_rn(_sum_parts(partials, pair, n_pairs, n_programs, PAIRS, PARTS), n)
+        err_l = tl.div_rn(_sum_parts(partials_l, pair, n_pairs, n_programs, PAIRS, PARTS), n)
         value, slope_w, slope_l, margin = LINK(err_w, err_l, *hyper)
         tl.store(stats + pair, err_w, mask=inside)
         tl.store(stats + n_pairs + pair, err_l, mask=inside)
@@ -128,7 +129,7 @@ def pair_fwd(
     lane = tl.arange(0, BLOCK)
     sum_w = tl.zeros([BLOCK], tl.float32)
     sum_l = tl.zeros([BLOCK], tl.float32)
-    for block in range(part, tl.cdiv(n_elements, BLOCK), n_programs):
+    for block in range(part, (n_elements - 1) // BLOCK + 1, n_programs):  # n + BLOCK may overflow
         start = tl.full([], block, tl.int64 if WIDE else tl.int32) * BLOCK
         inside = start + lane < n_elements
         goal = _load(row_target_w, start, lane, inside, sizes, target_strides[0])
@@ -167,7 +168,7 @@ def pair_bwd(
     scale_w = scale * tl.load(stats + 3 * n_pairs + pair)
     scale_l = scale * tl.load(stats + 4 * n_pairs + pair)
     lane = tl.arange(0, BLOCK)
-    for block in range(part, tl.cdiv(n_elements, BLOCK), n_programs):
+    for block in range(part, (n_elements - 1) // BLOCK + 1, n_programs):  # n + BLOCK may overflow
         start = tl.full([], block, tl.int64 if WIDE else tl.int32) * BLOCK
         inside = start + lane < n_elements
         goal = _load(row_target_w, start, lane, inside, sizes, target_strides[0])
