@@ -21,9 +21,9 @@ from tiny_sdxl import tiny_sdxl
 from transformers.utils import logging as transformers_logging
 from vae_fit import fit_vae
 
-SIZE = 64  # pixels; the VAE makes 32 x 32 latents of them
+SIZE = 32  # pixels; the VAE makes 16 x 16 latents of them
 # SDXL's noise schedule is made for 128 x 128 latents. The same noise hides a smaller picture more,
-# in proportion to its side, so these latents are scaled to stand out by as much: 128 / 32.
+# so these latents are made to stand out more than SDXL's, which have a standard deviation of 1.
 LATENT_STD = 4.0
 
 
@@ -37,7 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument
     flag("--output_dir", default="demo", help="everything is left here; remove it to start afresh")
     flag("--controls", action="store_true", help="a third run: SFT, on the winners alone")
-    flag("--train_pairs", type=int, default=1536, help="pairs to train on")
+    flag("--train_pairs", type=int, default=6000, help="pairs to train on")
     flag("--heldout_pairs", type=int, default=192, help="pairs of unseen photographs to score")
     flag(
         "--seed",
@@ -45,9 +45,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=0,
         help="of crops, weights and order; each seed holds out four other photographs",
     )
-    flag("--vae_steps", type=int, default=400, help="to fit the VAE")
-    flag("--base_steps", type=int, default=150, help="to make the base model")
-    flag("--max_train_steps", type=int, default=250, help="of MaPO, and of a control")
+    flag("--vae_steps", type=int, default=300, help="to fit the VAE")
+    flag("--base_steps", type=int, default=200, help="to make the base model")
+    flag("--max_train_steps", type=int, default=600, help="of MaPO, and of a control")
     return parser.parse_args(argv)
 
 
@@ -61,14 +61,14 @@ def train(
         "cache_dir": Path(args.output_dir) / "data" / "cache",
         "output_dir": output_dir,
         "resolution": SIZE,
-        "train_batch_size": 6,
+        "train_batch_size": 12,
         "gradient_accumulation_steps": 1,
         "max_train_steps": steps,
         "learning_rate": 1e-3,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 20,
         "seed": args.seed,
-        "checkpointing_steps": 50,
+        "checkpointing_steps": 100,
         "checkpoints_total_limit": 2,
         "resume_from_checkpoint": "latest",
     }
@@ -81,7 +81,7 @@ def train(
 
 def make_model(rows: Dataset, folder: Path, vae_steps: int, seed: int) -> None:
     """Save a pipeline whose VAE knows the training pictures and whose UNet knows nothing yet."""
-    pipeline = tiny_sdxl(seed=seed)
+    pipeline = tiny_sdxl((32, 64), vae_channels=(16, 32), sample_size=SIZE // 2, seed=seed)
     print(f"model: a UNet of {pipeline.unet.num_parameters() / 1e6:.1f} M parameters")
     pairs = PreferencePairs(rows, SIZE)
     pixels = torch.stack(

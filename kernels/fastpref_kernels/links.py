@@ -102,7 +102,7 @@ def _softplus_and_slope(x):  # type: ignore[no-untyped-def]
     """log(1 + exp(x)) and its derivative sigmoid(x), right relative to themselves at both ends."""
     z = tl.exp(-tl.abs(x))
     # log1p(z) = 2 atanh(z / (2 + z)), as a series: log(1 + z) would be 0 for z below 6e-8
-    w = tl.div_rn(z, 2.0 + z)
+    w = z / (2.0 + z)
     q = w * w
     s = 1.0 / 15.0 + q * (1.0 / 17.0)
     s = 1.0 / 13.0 + q * s
@@ -112,7 +112,7 @@ def _softplus_and_slope(x):  # type: ignore[no-untyped-def]
     s = 1.0 / 5.0 + q * s
     s = 1.0 / 3.0 + q * s
     log1p = 2.0 * w * (1.0 + q * s)
-    return tl.where(x > 0.0, x, 0.0) + log1p, tl.div_rn(tl.where(x > 0.0, 1.0, z), 1.0 + z)
+    return tl.where(x > 0.0, x, 0.0) + log1p, tl.where(x > 0.0, 1.0, z) / (1.0 + z)
 
 
 def _mapo(
