@@ -19,9 +19,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import matplotlib
-import oracles
 
 import fastpref
+import oracles
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -8,17 +8,18 @@ import warnings
 from pathlib import Path
 
 import torch
-import train_sdxl
-from checkpoints import written_aside
 from datasets import Dataset
 from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+import train_sdxl
+from checkpoints import written_aside
 from figures import plot_grid, plot_scores
 from pair_data import PreferencePairs, load_pairs
 from photo_pairs import write_photo_pairs
 from scoring import Scores, score_pairs
 from tiny_sdxl import tiny_sdxl
-from transformers.utils import logging as transformers_logging
 from vae_fit import fit_vae
 
 SIZE = 32  # pixels; the VAE makes 16 x 16 latents of them

@@ -7,11 +7,12 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from curves import BLUE, GREY, tidy
 from datasets import Dataset
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
-from pair_data import open_image
 from PIL import Image
+
+from curves import BLUE, GREY, tidy
+from pair_data import open_image
 from scoring import Scores
 
 matplotlib.use("Agg")

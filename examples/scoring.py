@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from datasets import Dataset
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
-from pair_data import PreferencePairs
-from train_sdxl import Collator, encode_prompts, noisy_pairs
 
 import fastpref
+from pair_data import PreferencePairs
+from train_sdxl import Collator, encode_prompts, noisy_pairs
 
 
 @dataclass

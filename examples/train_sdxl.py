@@ -20,6 +20,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.optimization import SchedulerType, get_scheduler
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+
+import fastpref
 from checkpoints import (
     find_checkpoint,
     list_checkpoints,
@@ -29,19 +41,7 @@ from checkpoints import (
     written_aside,
 )
 from curves import append_metrics, plot_curves, truncate_metrics
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from diffusers.optimization import SchedulerType, get_scheduler
 from pair_data import PairStream, PreferencePairs, load_pairs
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
-
-import fastpref
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 VAE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

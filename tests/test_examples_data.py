@@ -16,6 +16,7 @@ from PIL import Image
 pytest.importorskip("diffusers")
 
 from diffusers import StableDiffusionXLPipeline
+
 from pair_data import PairStream, PreferencePairs, drop_ties, fit, load_pairs, open_image
 from photo_pairs import (
     DEGRADATIONS,

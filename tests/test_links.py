@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import math
 
-import oracles
 import pytest
 import torch
 from torch import Tensor
 
 import fastpref
+import oracles
 from fastpref_kernels import LINKS
 
 HYPER: dict[str, list[dict[str, float]]] = {

@@ -7,7 +7,6 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-import oracles
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastpref
+import oracles
 from fastpref.pairs import Halves
 from fastpref_kernels import LINKS
 from fastpref_kernels.launch import INTERPRETED

@@ -18,16 +18,17 @@ import torch
 
 pytest.importorskip("diffusers")
 
-import demo
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from checkpoints import find_checkpoint, list_checkpoints, prune, written_aside
-from curves import append_metrics, read_metrics, truncate_metrics
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
-from pair_data import PreferencePairs, load_pairs
-from photo_pairs import write_photo_pairs
 from PIL import Image
 from safetensors.torch import load_file
+
+import demo
+from checkpoints import find_checkpoint, list_checkpoints, prune, written_aside
+from curves import append_metrics, read_metrics, truncate_metrics
+from pair_data import PreferencePairs, load_pairs
+from photo_pairs import write_photo_pairs
 from scoring import score_pairs
 from tiny_sdxl import tiny_sdxl
 from train_sdxl import Collator, draw_noise, main, noisy_pairs, parse_args
