@@ -19,6 +19,7 @@ torch.set_num_threads(1)  # tensors are tiny: more threads only wait for one ano
 NEEDS = {
     "test_train_sdxl.py": ("diffusers", "datasets", "accelerate"),
     "test_examples_data.py": ("diffusers", "datasets", "accelerate"),
+    "test_readme.py": ("diffusers",),
     "test_packaging.py": ("kernels", "diffusers", "build"),
 }
 
