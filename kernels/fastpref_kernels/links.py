@@ -118,7 +118,8 @@ def _softplus_and_slope(x):  # type: ignore[no-untyped-def]
 def _mapo(
     err_w: Tensor, err_l: Tensor, beta: Any, snr: Any, num_train_timesteps: Any
 ) -> tuple[Tensor, Tensor]:
-    margin = num_train_timesteps * (_psi(snr * err_l) - _psi(snr * err_w))
+    psi_w, psi_l = _psi(snr * torch.stack([err_w, err_l]))
+    margin = num_train_timesteps * (psi_l - psi_w)
     return err_w - beta * F.logsigmoid(margin), margin
 
 
