@@ -27,13 +27,9 @@ def pair_loss(
         err_w = (pred_w.to(dtype) - target_w.to(dtype)).square().flatten(1).mean(dim=1)
         err_l = (pred_l.to(dtype) - target_l.to(dtype)).square().flatten(1).mean(dim=1)
         per_pair, margin = link.torch(err_w, err_l, *hyper)
-        loss = (
-            per_pair
-            if reduction == "none"
-            else per_pair.mean()
-            if reduction == "mean"
-            else per_pair.sum()
-        )
+        loss = per_pair
+        if reduction != "none":
+            loss = per_pair.mean() if reduction == "mean" else per_pair.sum()
     return loss, torch.stack([err_w, err_l, margin]).detach()
 
 
