@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 import train_sdxl
 from checkpoints import written_aside
 from figures import plot_grid, plot_scores
+from flags import parse_args as parse_training_args
 from pair_data import PreferencePairs, load_pairs
 from photo_pairs import write_photo_pairs
 from scoring import Scores, score_pairs
@@ -76,7 +77,7 @@ def train(
     argv = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     pipeline = output_dir / "pipeline"
     if not pipeline.exists():
-        train_sdxl.main(train_sdxl.parse_args([*argv, *flags]))
+        train_sdxl.main(parse_training_args([*argv, *flags]))
     return pipeline
 
 

@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 
 import fastpref
 from pair_data import PreferencePairs
-from train_sdxl import Collator, encode_prompts, noisy_pairs
+from sdxl import Collator, encode_images, encode_prompts, noisy_pairs
 
 
 @dataclass
@@ -72,8 +72,7 @@ def score_pairs(
     for first in range(0, len(pairs), batch_size):
         size = min(batch_size, len(pairs) - first)
         batch = collate([pairs[0, first + i] for i in range(size)])
-        latents = pipeline.vae.encode(batch["pixels"].to(device)).latent_dist.mean
-        latents = latents * pipeline.vae.config.scaling_factor
+        latents, _ = encode_images(pipeline.vae, batch["pixels"].to(device))
         encoders = [pipeline.text_encoder, pipeline.text_encoder_2]
         prompts, pooled = encode_prompts(encoders, [ids.to(device) for ids in batch["input_ids"]])
         condition = {

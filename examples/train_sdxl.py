@@ -12,26 +12,17 @@ the pair's index, so a run does not depend on workers, batch layout, or having b
 from __future__ import annotations
 
 import argparse
-import copy
-import importlib.util
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
 import fastpref
 from checkpoints import (
@@ -43,272 +34,22 @@ from checkpoints import (
     written_aside,
 )
 from curves import append_metrics, plot_curves, read_metrics, truncate_metrics
-from objectives import (
-    INVERSIONS,
-    Objective,
-    add_inversion_flags,
-    add_loss_flags,
-    inversion_options,
-)
+from flags import check_resolution, parse_args
+from objectives import Objective
 from pair_data import PairStream, PreferencePairs, load_pairs
-
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-VAE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-# fmt: off
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the flags; those of diffusers' training examples keep their names."""
-    tensorboard = importlib.util.find_spec("tensorboard") is not None
-    parser = argparse.ArgumentParser(
-        description="Align SDXL on preference pairs (full fine-tuning). Defaults marked MaPO are "
-        "those of that method's published SDXL recipe; in brackets, a loss's own.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    flag = parser.add_argument_group("model").add_argument
-    flag("--pretrained_model_name_or_path", required=True, metavar="NAME",
-         help="SDXL-format pipeline: a hub name or a local folder")
-    flag("--pretrained_vae_model_name_or_path", metavar="NAME",
-         help="another VAE: a hub name or a local folder")
-    flag("--revision", help="revision of the model on the hub")
-    flag("--variant", help="variant of the model files, such as fp16")
-    flag("--cache_dir", help="where downloads and prepared data sets are kept")
-    flag("--prediction_type", choices=["epsilon", "v_prediction"],
-         help="what the UNet predicts; by default what the model's scheduler says")
-
-    flag = parser.add_argument_group("data").add_argument
-    flag("--dataset_name", required=True, metavar="NAME",
-         help="Pick-a-Pic-format pairs (jpg_0, jpg_1, label_0, caption): a hub name, a parquet "
-         "file or a folder of them; ties (label_0 = 0.5) are dropped")
-    flag("--dataset_split_name", default="train", metavar="SPLIT", help="the split to train on")
-    flag("--loser_caption_column", metavar="CAPTION",
-         help="column with the loser's own caption (DCPO); by default the pair shares its caption")
-    flag("--max_train_samples", type=int, metavar="N", help="use the first N pairs only")
-    flag("--resolution", type=int, default=1024,
-         help="shorter sides are resized to it, keeping the aspect, then a square is cut (MaPO)")
-    flag("--random_crop", action=argparse.BooleanOptionalAction, default=False,
-         help="cut the square at random, at the same relative place in both images, not in the "
-         "centre")
-    flag("--random_flip", action=argparse.BooleanOptionalAction, default=True,
-         help="mirror half of the pairs (MaPO)")
-    flag("--proportion_empty_prompts", type=float, default=0.0, metavar="P",
-         help="share of pairs whose captions are replaced by the empty one")
-    flag("--label_noise_prob", type=float, default=0.0, metavar="P",
-         help="share of pairs whose label is flipped; 0.5 is the shuffled control")
-    flag("--dataloader_num_workers", type=int, default=0, metavar="N",
-         help="processes that prepare images; they do not change the result")
-
-    add_loss_flags(parser.add_argument_group("loss").add_argument)
-    add_inversion_flags(parser.add_argument_group("inversion").add_argument)
-
-    flag = parser.add_argument_group("optimization").add_argument
-    flag("--train_batch_size", type=int, default=8, metavar="PAIRS", help="per device (MaPO)")
-    flag("--gradient_accumulation_steps", type=int, default=2, metavar="N",
-         help="batches per optimizer step (MaPO)")
-    flag("--max_train_steps", type=int, metavar="N",
-         help="optimizer steps; overrides --num_train_epochs [2000 if neither is given (MaPO)]")
-    flag("--num_train_epochs", type=int, metavar="N", help="passes over the data")
-    flag("--learning_rate", type=float, default=1e-5, help="after warm-up (MaPO)")
-    flag("--scale_lr", action=argparse.BooleanOptionalAction, default=False,
-         help="multiply the learning rate by the pairs in an optimizer step, over all devices")
-    flag("--lr_scheduler", choices=[kind.value for kind in SchedulerType], default="constant",
-         metavar="KIND",
-         help="a schedule of diffusers.optimization, such as constant, constant_with_warmup, "
-         "linear or cosine (MaPO)")
-    flag("--lr_warmup_steps", type=int, default=0, metavar="N",
-         help="for the schedules that have a warm-up (MaPO)")
-    flag("--adam_beta1", type=float, default=0.9, help="of AdamW")
-    flag("--adam_beta2", type=float, default=0.999, help="of AdamW")
-    flag("--adam_weight_decay", type=float, default=1e-2, help="of AdamW")
-    flag("--adam_epsilon", type=float, default=1e-8, help="of AdamW")
-    flag("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to it (MaPO)")
-    flag("--seed", type=int, default=0, help="the same seed gives the same run")
-
-    flag = parser.add_argument_group("memory and precision").add_argument
-    flag("--mixed_precision", choices=list(DTYPES), default="no",
-         help="the UNet's computation; its weights stay fp32 (MaPO used fp16)")
-    flag("--vae_dtype", choices=list(VAE_DTYPES), default="fp32",
-         help="SDXL's own VAE overflows in fp16")
-    flag("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False,
-         help="compute activations twice to store fewer (MaPO used it)")
-
-    flag = parser.add_argument_group("output").add_argument
-    flag("--output_dir", metavar="DIR",
-         help="for checkpoint-*, pipeline, metrics.jsonl, curves.png and logs [sdxl-LOSS]")
-    flag("--checkpointing_steps", type=int, default=500, metavar="N",
-         help="optimizer steps between checkpoints (MaPO)")
-    flag("--checkpoints_total_limit", type=int, metavar="N",
-         help="keep the last N; one more exists while it is being written")
-    flag("--resume_from_checkpoint", metavar="PATH",
-         help='a checkpoint, or "latest": the last whole one, or a fresh start where there is none')
-    flag("--log_every", type=int, default=10, metavar="N",
-         help="steps between two reads of the metrics from the device; every step is logged")
-    flag("--report_to", default="tensorboard" if tensorboard else "none",
-         help="tracker of accelerate: tensorboard, wandb, ... or none")
-    args = parser.parse_args(argv)
-    args.output_dir = args.output_dir or f"sdxl-{args.loss}"
-    check_args(args)
-    return args
-# fmt: on
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """Raise a ValueError for a flag that cannot mean anything."""
-    positive = (
-        "resolution",
-        "train_batch_size",
-        "gradient_accumulation_steps",
-        "log_every",
-        "max_train_steps",
-        "num_train_epochs",
-        "max_train_samples",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "learning_rate",
-        "max_grad_norm",
-        "inversion_steps",
-        "inversion_evals",
-    )
-    for name in positive:
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{name} is {value}; need more than 0")
-    for name in ("label_noise_prob", "proportion_empty_prompts"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; need a share from 0 to 1")
-    for name in ("seed", "dataloader_num_workers", "lr_warmup_steps", "inversion_eta"):
-        if (getattr(args, name) or 0) < 0:
-            raise ValueError(f"--{name} is {getattr(args, name)}; need 0 or more")
-    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("--mixed_precision is fp16 on a machine without a GPU; need no or bf16")
-    Objective(args)
-    inversion_options(args)
-
-
-def check_resolution(resolution: int, vae: AutoencoderKL, unet: UNet2DConditionModel) -> None:
-    """Raise a ValueError where the images would not halve evenly down to the UNet's middle."""
-    factor = 2 ** (len(vae.config.block_out_channels) + len(unet.config.block_out_channels) - 2)
-    if resolution % factor:
-        raise ValueError(
-            f"--resolution is {resolution}; this VAE and UNet need a multiple of {factor}"
-        )
-
-
-class Collator:
-    """Stacks pairs into a batch, winners first, and tokenizes their captions for both encoders:
-    one of each pair, or where losers have their own, all winners' and then all losers'."""
-
-    def __init__(self, tokenizers: list[Any]) -> None:
-        self.tokenizers = tokenizers
-
-    def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
-        captions = zip(*(pair["captions"] for pair in pairs), strict=True)
-        texts = [text for half in captions for text in half]
-        batch = {
-            "pixels": torch.stack([pair[f"pixels_{side}"] for side in "wl" for pair in pairs]),
-            "time_ids": torch.stack([pair[f"time_ids_{side}"] for side in "wl" for pair in pairs]),
-            "input_ids": [
-                tokenizer(
-                    texts,
-                    padding="max_length",
-                    truncation=True,
-                    return_tensors="pt",
-                    max_length=tokenizer.model_max_length,
-                ).input_ids
-                for tokenizer in self.tokenizers
-            ],
-            "seeds": [pair["seed"] for pair in pairs],
-        }
-        if "score_w" in pairs[0]:
-            scores = [pair[f"score_{side}"] for side in "wl" for pair in pairs]
-            batch["scores"] = torch.tensor(scores)
-        if "sign" in pairs[0]:
-            batch["sign"] = torch.tensor([pair["sign"] for pair in pairs])
-        return batch
-
-
-def draw_noise(
-    seeds: list[int], shape: torch.Size, num_train_timesteps: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One timestep, noise and VAE sample per pair, from its seed alone.
-
-    `shape` is one latent's. Drawn on the CPU, so that every device sees the same numbers.
-    Returns noise (B, *shape), timesteps (B,) and the noise of the VAE's posterior (B, *shape).
-    """
-    noise, timesteps, posterior = [], [], []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
-        timesteps.append(torch.randint(num_train_timesteps, (), generator=generator))
-        noise.append(torch.randn(shape, generator=generator))
-        posterior.append(torch.randn(shape, generator=generator))
-    return (
-        torch.stack(noise).to(device),
-        torch.stack(timesteps).to(device),
-        torch.stack(posterior).to(device),
-    )
-
-
-def encode_prompts(
-    text_encoders: list[Any], input_ids: list[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """SDXL's conditioning: both penultimate hidden states side by side, and the second's pooled."""
-    states = []
-    for text_encoder, ids in zip(text_encoders, input_ids, strict=True):
-        encoded = text_encoder(ids, output_hidden_states=True)
-        states.append(encoded.hidden_states[-2])
-    return torch.cat(states, dim=-1), encoded.text_embeds
-
-
-def noisy_pairs(
-    latents: torch.Tensor,
-    noise: torch.Tensor,
-    timesteps: torch.Tensor,
-    scheduler: DDPMScheduler,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise both halves of `latents` (2B, ...) alike, and say what the UNet should predict.
-
-    The target is (B, ...), the noise itself, for epsilon, and (2B, ...) for v prediction.
-    """
-    noise_wl, timesteps_wl = torch.cat([noise, noise]), torch.cat([timesteps, timesteps])
-    noisy = scheduler.add_noise(latents, noise_wl, timesteps_wl)
-    if scheduler.config.prediction_type == "epsilon":
-        return noisy, noise
-    return noisy, scheduler.get_velocity(latents, noise_wl, timesteps_wl)
-
-
-def inverted_pairs(
-    args: argparse.Namespace,
-    unet: UNet2DConditionModel,
-    condition: dict[str, Any],
-    latents: torch.Tensor,
-    timesteps: torch.Tensor,
-    scheduler: DDPMScheduler,
-    seeds: list[int],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `noisy_pairs`, but each image's noise is the one that `unet` itself finds in it: noisy
-    latents and targets, (2B, ...) both, at the pair's timestep."""
-    options = inversion_options(args)
-    if args.inversion_eta:  # of a stream that draw_noise has not drawn from
-        options["generator"] = torch.Generator().manual_seed(seeds[0] + 1)
-
-    def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        prediction: torch.Tensor = unet(x, t, **condition).sample
-        return prediction
-
-    invert = INVERSIONS[args.inversion]
-    return invert(model, latents, torch.cat([timesteps, timesteps]), scheduler, **options)
-
-
-def frozen_copy(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionModel:
-    """A reference model: under autocast to `dtype` it predicts what `unet` does now, to the bit.
-
-    What autocast rounds to `dtype` at every step is kept so; norms, which it does not, stay fp32.
-    """
-    reference = copy.deepcopy(unet).requires_grad_(False).eval()
-    for module in reference.modules():
-        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
-            module.to(dtype)
-    return reference
+from sdxl import (
+    DTYPES,
+    Collator,
+    draw_noise,
+    encode_images,
+    encode_prompts,
+    frozen_copy,
+    inverted_pairs,
+    load_encoders,
+    load_scheduler,
+    noisy_pairs,
+    side_factor,
+)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -327,35 +68,13 @@ def main(args: argparse.Namespace) -> None:
     accelerator.wait_for_everyone()
 
     # The pipeline's parts. Only the UNet learns, in fp32; the rest is read-only.
-    source = args.pretrained_model_name_or_path
-    where = {"revision": args.revision, "cache_dir": args.cache_dir}
-    weights = where | {"variant": args.variant}
-    tokenizers = [
-        AutoTokenizer.from_pretrained(source, subfolder=name, use_fast=False, **where)
-        for name in ("tokenizer", "tokenizer_2")
-    ]
-    text_encoders = [
-        CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **weights),
-        CLIPTextModelWithProjection.from_pretrained(source, subfolder="text_encoder_2", **weights),
-    ]
-    vae_weights = {"torch_dtype": VAE_DTYPES[args.vae_dtype], "cache_dir": args.cache_dir}
-    if args.pretrained_vae_model_name_or_path:
-        vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, **vae_weights)
-    else:
-        vae = AutoencoderKL.from_pretrained(source, subfolder="vae", **weights | vae_weights)
+    vae, tokenizers, text_encoders = load_encoders(args, accelerator.device)
     unet = UNet2DConditionModel.from_pretrained(
-        source, subfolder="unet", torch_dtype=torch.float32, **weights
-    )
-    scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler", **where)
-    if args.prediction_type:
-        scheduler.register_to_config(prediction_type=args.prediction_type)
-    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        raise ValueError(f"the model's prediction_type is {scheduler.config.prediction_type!r}; "
-                         "need epsilon or v_prediction")  # fmt: skip
-    check_resolution(args.resolution, vae, unet)
-    vae.requires_grad_(False).to(accelerator.device)
-    for text_encoder in text_encoders:
-        text_encoder.requires_grad_(False).to(accelerator.device, DTYPES[args.mixed_precision])
+        args.pretrained_model_name_or_path, subfolder="unet", torch_dtype=torch.float32,
+        revision=args.revision, variant=args.variant, cache_dir=args.cache_dir,
+    )  # fmt: skip
+    scheduler = load_scheduler(args)
+    check_resolution(args.resolution, side_factor(vae, unet))
     objective = Objective(args, scheduler.config.num_train_timesteps)
     # The base, whatever checkpoint is loaded below: never a half-trained model.
     reference = None
@@ -484,13 +203,12 @@ def main(args: argparse.Namespace) -> None:
     for batch in loader:
         with accelerator.accumulate(unet):
             with torch.no_grad():
-                posterior = vae.encode(batch["pixels"].to(vae.dtype)).latent_dist
+                mean, std = encode_images(vae, batch["pixels"])
                 noise, timesteps, vae_noise = draw_noise(
-                    batch["seeds"], posterior.mean.shape[1:],
+                    batch["seeds"], mean.shape[1:],
                     scheduler.config.num_train_timesteps, accelerator.device,
                 )  # fmt: skip
-                latents = posterior.mean + posterior.std * torch.cat([vae_noise, vae_noise])
-                latents = latents.float() * vae.config.scaling_factor
+                latents = mean + std * torch.cat([vae_noise, vae_noise])
                 prompts, pooled = encode_prompts(text_encoders, batch["input_ids"])
                 if args.loser_caption_column is None:  # the pair shares its caption
                     prompts, pooled = torch.cat([prompts, prompts]), torch.cat([pooled, pooled])

@@ -34,12 +34,14 @@ import fastpref
 import train_sdxl
 from checkpoints import find_checkpoint, list_checkpoints, prune, written_aside
 from curves import append_metrics, read_metrics, truncate_metrics
+from flags import parse_args
 from objectives import INVERSIONS, LOSSES, Objective
 from pair_data import PreferencePairs, load_pairs
 from photo_pairs import write_photo_pairs
 from scoring import score_pairs
+from sdxl import Collator, draw_noise, frozen_copy, noisy_pairs
 from tiny_sdxl import tiny_sdxl
-from train_sdxl import Collator, draw_noise, frozen_copy, main, noisy_pairs, parse_args
+from train_sdxl import main
 
 Train = Callable[..., Path]
 ROOT = Path(__file__).parent.parent
