@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,20 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 BLUE, RED, GREY = "#1f6fb4", "#c8483c", "#8a8a8a"
 PALE_BLUE, PALE_RED = "#9fc3e3", "#eab3ad"
+DARK_BLUE, DARK_RED, OCHRE = "#0b3a66", "#7a1f17", "#d99a2b"
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yield a hidden path to write to; on success it takes the place of `path` in one rename."""
+    aside = path.with_name(f".{path.name}")  # with the same ending, which tells the format
+    aside.unlink(missing_ok=True)
+    yield aside
+    os.replace(aside, path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -39,10 +51,8 @@ def append_metrics(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def truncate_metrics(path: Path, step: int) -> None:
     """Keep the rows up to `step`, the one a run goes on from."""
     rows = [row for row in read_metrics(path) if row["step"] <= step]
-    aside = path.with_name(f".{path.name}")
-    aside.unlink(missing_ok=True)
-    append_metrics(aside, rows) if rows else aside.touch()
-    os.replace(aside, path)
+    with written_whole(path) as aside:
+        append_metrics(aside, rows) if rows else aside.touch()
 
 
 def draw(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
@@ -65,11 +75,33 @@ def tidy(axes: Axes, title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def plot_curves(metrics: Path, picture: Path, title: str = "") -> None:
-    """Draw loss, errors, margin and accuracy of a metrics.jsonl into `picture`."""
+def dots(axes: Axes, rows: list[dict[str, Any]], name: str, color: str, label: str) -> None:
+    """Held-out values as dots on a line, with standard errors where the rows have them."""
+    rows = [row for row in rows if name in row]
+    if rows:
+        errors = [row.get(f"{name}_se", 0.0) for row in rows]
+        axes.errorbar(
+            [row["step"] for row in rows], [row[name] for row in rows], errors, color=color,
+            fmt="o-", markersize=4, linewidth=1, elinewidth=0.8, label=label,
+        )  # fmt: skip
+
+
+def save_figure(figure: Figure, picture: Path) -> None:
+    """Write the figure, whole or not at all, and let go of it."""
+    with written_whole(picture) as aside:
+        figure.savefig(aside, dpi=130)
+    plt.close(figure)
+
+
+def plot_curves(metrics: Path, picture: Path, title: str = "", heldout: Path | None = None) -> None:
+    """Draw loss, errors, margin and accuracy of a metrics.jsonl into `picture`.
+
+    `heldout` is an eval.jsonl, with errors and accuracies on held-out pairs: they become dots.
+    """
     rows = read_metrics(metrics)
     if not rows:
         return
+    held = read_metrics(heldout) if heldout is not None else []
     column = {name: np.array([row[name] for row in rows], dtype=float) for name in rows[0]}
     steps = column["step"]
     figure, grid = plt.subplots(2, 2, figsize=(9, 5.6), constrained_layout=True)
@@ -80,16 +112,21 @@ def plot_curves(metrics: Path, picture: Path, title: str = "") -> None:
     if "ref_mse_w" in column:
         draw(grid[0, 1], steps, column["ref_mse_w"], PALE_BLUE, "reference on winner")
         draw(grid[0, 1], steps, column["ref_mse_l"], PALE_RED, "reference on loser")
+    dots(grid[0, 1], held, "mse_w", DARK_BLUE, "held-out winner")
+    dots(grid[0, 1], held, "mse_l", DARK_RED, "held-out loser")
     grid[0, 1].legend(frameon=False, fontsize=8)
     tidy(grid[0, 1], "denoising error")
     draw(grid[1, 0], steps, column["margin"], BLUE, "margin")
     grid[1, 0].axhline(0, color=GREY, linewidth=0.8, linestyle="--")
     tidy(grid[1, 0], "margin (above 0: the preferred one wins)")
     draw(grid[1, 1], steps, column["accuracy"], BLUE, "accuracy")
+    dots(grid[1, 1], held, "accuracy", DARK_BLUE, "held-out: mse_w < mse_l")
+    dots(grid[1, 1], held, "accuracy_ref", OCHRE, "held-out, against the base")
+    if held:
+        grid[1, 1].legend(frameon=False, fontsize=8)
     grid[1, 1].axhline(0.5, color=GREY, linewidth=0.8, linestyle="--")
     grid[1, 1].set_ylim(0, 1)
     tidy(grid[1, 1], "accuracy (share of pairs with margin > 0)")
     if title:
         figure.suptitle(title, fontsize=11)
-    figure.savefig(picture, dpi=130)
-    plt.close(figure)
+    save_figure(figure, picture)

@@ -17,9 +17,10 @@ import train_sdxl
 from checkpoints import written_aside
 from figures import plot_grid, plot_scores
 from flags import parse_args as parse_training_args
-from pair_data import PreferencePairs, load_pairs
+from heldout import Scores, score_pairs
+from pair_data import PreferencePairs
+from pair_sources import load_pairs
 from photo_pairs import write_photo_pairs
-from scoring import Scores, score_pairs
 from tiny_sdxl import tiny_sdxl
 from vae_fit import fit_vae
 
@@ -85,7 +86,7 @@ def make_model(rows: Dataset, folder: Path, vae_steps: int, seed: int) -> None:
     """Save a pipeline whose VAE knows the training pictures and whose UNet knows nothing yet."""
     pipeline = tiny_sdxl((32, 64), vae_channels=(16, 32), sample_size=SIZE // 2, seed=seed)
     print(f"model: a UNet of {pipeline.unet.num_parameters() / 1e6:.1f} M parameters")
-    pairs = PreferencePairs(rows, SIZE)
+    pairs = PreferencePairs(rows, [(SIZE, SIZE)])
     pixels = torch.stack(
         [pairs[0, i][f"pixels_{side}"] for i in range(len(pairs)) for side in "wl"]
     )
@@ -158,7 +159,7 @@ def main(args: argparse.Namespace) -> None:
     text = table(scores)
     (folder / "table.txt").write_text(text + "\n")
     plot_scores(scores, folder / "scores.png")
-    plot_grid(load(base), load(pipelines["MaPO"]), heldout, SIZE, folder / "grid.png")
+    plot_grid(load(base), load(pipelines["MaPO"]), heldout, folder / "grid.png")
     print(
         f"\n{text}\n\naccuracy = share of pairs and timesteps where the photograph is denoised "
         "with the smaller error;\n± = standard error over pairs; change = paired with the base.\n"

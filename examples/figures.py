@@ -4,30 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from datasets import Dataset
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from matplotlib import pyplot as plt
 from PIL import Image
 
-from curves import BLUE, GREY, tidy
+from curves import BLUE, GREY, OCHRE, save_figure, tidy
+from heldout import Scores
+from painting import write_grid
 from pair_data import open_image
-from scoring import Scores
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 
 def plot_scores(scores: dict[str, Scores], picture: Path) -> None:
     """Held-out accuracy of each model: overall with its standard error, and by timestep."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
-    colors = [GREY, BLUE, "#d99a2b", "#7a5aa6"]
+    colors = [GREY, BLUE, OCHRE, "#7a5aa6"]
     for i, (name, score) in enumerate(scores.items()):
         mean, error = score.summary()["accuracy"]
         left.bar(i, mean, yerr=error, color=colors[i], width=0.6, capsize=4)
         left.text(i, mean + error + 0.015, f"{mean:.1%}", ha="center", fontsize=9)
-        by_time = (score.mse_w < score.mse_l).float().mean(dim=0)
+        by_time = score.wins().mean(dim=0)
         times = (np.arange(len(by_time)) + 0.5) * 1000 / len(by_time)
         right.plot(times, by_time, "o-", color=colors[i], label=name, markersize=4)
     left.set_xticks(range(len(scores)), list(scores))
@@ -39,8 +37,7 @@ def plot_scores(scores: dict[str, Scores], picture: Path) -> None:
     tidy(right, "by timestep (to the right: more noise)")
     left.set_xlabel("")
     right.set_xlabel("timestep")
-    figure.savefig(picture, dpi=130)
-    plt.close(figure)
+    save_figure(figure, picture)
 
 
 @torch.no_grad()
@@ -64,7 +61,6 @@ def plot_grid(
     before: StableDiffusionXLPipeline,
     after: StableDiffusionXLPipeline,
     rows: Dataset,
-    size: int,
     picture: Path,
     per_kind: int = 2,
 ) -> None:
@@ -81,22 +77,11 @@ def plot_grid(
             losers.append(open_image(row[f"jpg_{1 - side}"], "loser"))
             captions.append(row["caption"])
             kinds.append(kind)
-    lines = {
-        "photograph\n(winner)": winners,
-        "degraded\n(loser)": losers,
-        "loser repainted\nby the base": repaint(before, losers, captions),
-        "loser repainted\nafter MaPO": repaint(after, losers, captions),
+    columns = {
+        "photograph (winner)": winners,
+        "degraded (loser)": losers,
+        "loser repainted by the base": repaint(before, losers, captions),
+        "loser repainted after MaPO": repaint(after, losers, captions),
     }
-    count = len(winners)
-    figure, grid = plt.subplots(4, count, figsize=(1.25 * count + 1, 5.6), constrained_layout=True)
-    for line, (name, images) in zip(grid, lines.items(), strict=True):
-        for axes, image in zip(line, images, strict=True):
-            axes.imshow(image, interpolation="nearest")
-            axes.set_xticks([])
-            axes.set_yticks([])
-        line[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
-    for axes, kind in zip(grid[0], kinds, strict=True):
-        axes.set_title(kind, fontsize=9)
-    figure.suptitle("Held-out photographs, noised to t = 400 and painted again", fontsize=11)
-    figure.savefig(picture, dpi=130)
-    plt.close(figure)
+    title = "Held-out photographs, noised to t = 400 and painted again"
+    write_grid(columns, kinds, picture, side=128, title=title)

@@ -169,7 +169,8 @@ class Objective:
         if "delta" in self.takes:
             score_w, score_l = batch["scores"].chunk(2)
             of_pairs["delta"] = score_w - score_l
-        if "sign" in batch:
-            of_pairs["sign"] = batch["sign"]
+        for name in ("sign", "sample_weight"):
+            if name in batch:
+                of_pairs[name] = batch[name]
         options = self.options | of_pairs | {"impl": impl or self.impl}
         return self.loss(model_pred, target, **options)

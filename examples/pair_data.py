@@ -1,93 +1,150 @@
-"""Knows what a row of preference pairs is, and turns one into tensors the same way in every run."""
+"""Knows what a pair of images is, which ones cannot be trained on, and turns rows of pairs into
+tensors and batches of one size, the same way in every run."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import numbers
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from datasets import Dataset, load_dataset
-from PIL import Image, ImageOps
-from torch.utils.data import Sampler
+from datasets import Dataset, IterableDataset
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import Sampler, get_worker_info
 
 COLUMNS = ("jpg_0", "jpg_1", "label_0", "caption")
+MIN_SIDE = 16  # pixels; anything less is a spacer or an icon
+MAX_ASPECT = 8.0  # long side over short side; beyond it a crop shows next to nothing
+MAX_ENLARGEMENT = 1.05  # what an image may be scaled up by before a lower resolution is taken
+ATTEMPTS = 20  # bad pairs in a row before a run gives up
+Size = tuple[int, int]  # (height, width)
 Key = tuple[
     int, int
 ]  # (epoch, index): all that the randomness of a sample depends on, with the seed
 
 
-def load_pairs(
-    dataset_name: str,
-    split: str,
-    max_samples: int | None = None,
-    cache_dir: str | None = None,
-    extra_columns: Sequence[str] = (),
-) -> Dataset:
-    """Load pairs from the hub, a parquet file or a folder of them, and drop the ties.
+class BadImage(ValueError):
+    """An image that cannot be trained on: `where` it is, and the `reason`."""
 
-    A tie (label_0 = 0.5) says nothing about which image to prefer, so it is not trained on.
-    """
-    needed = [*COLUMNS, *extra_columns]
-    local = Path(dataset_name).expanduser()
-    if local.is_file():
-        files = [local]
-    elif local.is_dir():
-        files = sorted(local.rglob(f"{split}*.parquet"))
-        if not files:
-            found = ", ".join(sorted(p.name for p in local.rglob("*.parquet"))) or "no parquet file"
-            raise ValueError(
-                f"dataset_name={dataset_name!r} with dataset_split_name={split!r}: the folder "
-                f"holds {found}; need files named {split}*.parquet"
-            )
-    else:
-        files = []
-    if files:
-        names = [str(file) for file in files]
-        rows = load_dataset("parquet", data_files=names, split="train", cache_dir=cache_dir)
-    else:
-        rows = load_dataset(dataset_name, split=split, cache_dir=cache_dir)
-    missing = [column for column in needed if column not in rows.column_names]
-    if missing:
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(where, reason)
+        self.where, self.reason = where, reason
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+def path_of(cell: Any) -> str | None:
+    """The file that a cell names, if it holds no bytes of its own."""
+    if isinstance(cell, dict) and not cell.get("bytes"):
+        cell = cell.get("path")
+    return cell if isinstance(cell, str) else None
+
+
+def begin_reading(cell: Any) -> Image.Image:
+    """The image of a cell (bytes, an Image feature decoded or not, a path, an open file), of which
+    only the header is read so far."""
+    if isinstance(cell, dict):
+        cell = cell["bytes"] or cell["path"]
+    if isinstance(cell, Image.Image):
+        return cell
+    if cell is None:
+        raise ValueError("the cell is empty")
+    if isinstance(cell, bytes):
+        if not cell:
+            raise ValueError("an image of zero bytes")
+        cell = io.BytesIO(cell)
+    elif isinstance(cell, str) and os.stat(cell).st_size == 0:
+        raise ValueError("an image of zero bytes")
+    elif not isinstance(cell, str) and not hasattr(cell, "read"):
+        raise TypeError(f"the cell holds {type(cell).__name__}; need the bytes of an image")
+    return Image.open(cell)
+
+
+def check_sides(width: int, height: int) -> None:
+    """Raise a ValueError for a picture that has no use, or too many pixels to be one."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
         raise ValueError(
-            f"dataset_name={dataset_name!r} has columns {rows.column_names}; need {needed}, "
-            f"missing {missing}"
+            f"{width}x{height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS = {limit}: such a file "
+            "may be a decompression bomb"
         )
-    return drop_ties(rows, max_samples)
+    if min(width, height) < MIN_SIDE:
+        raise ValueError(f"{width}x{height} pixels; need at least {MIN_SIDE} on each side")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"{width}x{height} pixels; need an aspect of at most 1:{MAX_ASPECT:g}")
 
 
-def drop_ties(rows: Dataset, max_samples: int | None = None) -> Dataset:
-    """Keep the first `max_samples` rows (all if None) whose label_0 is 0 or 1."""
-    labels = rows["label_0"][:]
-    for i, label in enumerate(labels):
-        if label not in (0, 0.5, 1):
-            raise ValueError(f"row {i}: label_0 is {label!r}; need 0, 0.5 (a tie) or 1")
-    kept = [i for i, label in enumerate(labels) if label != 0.5][:max_samples]
-    if not kept:
-        raise ValueError(
-            f"no pair to train on: {len(labels)} rows, all of them ties or none at all"
-        )
-    return rows.select(kept)
+def refuse(error: Exception, cell: Any, where: str) -> BadImage:
+    """What PIL said of a cell, in words that are the same for the same fault."""
+    path = path_of(cell)
+    where = f"{where} ({path})" if path else where
+    if isinstance(error, UnidentifiedImageError):  # names an object in memory
+        return BadImage(where, "no image, or of a format that PIL does not read")
+    if isinstance(error, OSError) and error.strerror:
+        return BadImage(where, error.strerror)
+    if isinstance(error, (OSError, ValueError, TypeError, Image.DecompressionBombError)):
+        return BadImage(where, str(error))
+    return BadImage(where, f"{type(error).__name__}: {error}")
+
+
+def read_size(cell: Any, where: str) -> Size:
+    """Height and width that `open_image` would give, from the header alone where it can tell."""
+    try:
+        image = begin_reading(cell)
+        try:
+            check_sides(*image.size)
+            # PNG's own getexif decodes the picture, in case the EXIF comes after it.
+            exif = Image.Image.getexif(image)
+            turned = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            width, height = image.size[::-1] if turned else image.size
+            return height, width
+        finally:
+            if image is not cell:
+                image.close()
+    except Exception as error:  # PIL's readers raise nearly anything on a broken file
+        raise refuse(error, cell, where) from error
 
 
 def open_image(cell: Any, where: str) -> Image.Image:
-    """Open a cell that holds bytes, an Image feature (decoded or not) or a path, as upright RGB."""
+    """Open a cell that holds bytes, an Image feature (decoded or not) or a path, as upright RGB.
+
+    Raises BadImage for what is broken, cut short, tiny, huge, or a narrow strip.
+    """
     try:
-        if isinstance(cell, dict):
-            cell = cell["bytes"] or cell["path"]
-        if isinstance(cell, bytes):
-            cell = Image.open(io.BytesIO(cell))
-        elif isinstance(cell, str):
-            cell = Image.open(cell)
-        if not isinstance(cell, Image.Image):
-            raise TypeError(f"it holds {type(cell).__name__}")
-        return ImageOps.exif_transpose(cell).convert("RGB")
-    except (OSError, KeyError, TypeError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{where}: need the bytes of an image; {error}") from error
+        image = begin_reading(cell)
+        try:
+            check_sides(*image.size)
+            return to_rgb(ImageOps.exif_transpose(image))
+        finally:
+            if image is not cell:
+                image.close()
+    except Exception as error:  # PIL's readers raise nearly anything on a broken file
+        raise refuse(error, cell, where) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The picture as a viewer shows it on white, 8 bits a channel."""
+    if image.mode.startswith("I"):  # PIL would clip what is 16 bits deep, not scale it
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("pixels of 32 bits, whose white is unknown; need 8 or 16")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("pixels of floating point, whose white is unknown; need 8 or 16 bits")
+    elif image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
 
 
 def read_number(cell: Any, where: str) -> float:
@@ -97,93 +154,232 @@ def read_number(cell: Any, where: str) -> float:
     return float(cell)
 
 
-def fit(
-    image: Image.Image, resolution: int, window: tuple[float, float], flip: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Resize the shorter side to `resolution`, cut the square at the relative place `window`.
+def read_text(cell: Any, where: str) -> str:
+    """A cell that holds text, be it empty."""
+    if not isinstance(cell, str):
+        raise ValueError(f"{where}: need a text; it holds {cell!r}")
+    return cell
 
-    Returns pixels in [-1, 1], shape (3, resolution, resolution), and SDXL's six time ids: original
-    height and width, top and left of the crop in the resized image, target height and width.
+
+def bucket_sizes(resolutions: Sequence[int], factor: int, aspect_buckets: bool) -> list[Size]:
+    """The sizes that batches may have: a square for each resolution, and with `aspect_buckets` all
+    that are as large and between 1:2 and 2:1, in steps of 64 pixels (`factor` below 512).
+
+    Sides are multiples of `factor`, save a square's: that is what was asked for. At 1024 these are
+    the sizes SDXL was trained at, as far as 1:2.
     """
-    width, height = image.size
-    scale = resolution / min(width, height)
-    size = max(resolution, round(width * scale)), max(resolution, round(height * scale))
-    image = image.resize(size, Image.Resampling.LANCZOS)
-    left = round(window[0] * (size[0] - resolution))
-    top = round(window[1] * (size[1] - resolution))
-    image = image.crop((left, top, left + resolution, top + resolution))
+    if not resolutions or min(resolutions) < 1:
+        raise ValueError(f"resolutions={list(resolutions)}; need one at least, each above 0")
+    if factor < 1:
+        raise ValueError(f"factor={factor}; need at least 1")
+    sizes: list[Size] = []
+    for resolution in sorted(set(resolutions)):
+        square = (resolution, resolution)
+        sizes += sizes_near(resolution, factor) if aspect_buckets else [square]
+    return list(dict.fromkeys(sizes))
+
+
+def sizes_near(resolution: int, factor: int) -> list[Size]:
+    """The buckets of one resolution: of each height the widest, and more that have at least 90 % of
+    the square's area; of those of one aspect the largest."""
+    step = factor * math.ceil(64 / factor) if resolution >= 512 else factor
+    area = resolution**2
+    by_aspect: dict[tuple[int, int], Size] = {}
+    for height in range(step, resolution + 1, step):
+        widest = min(area // height, 2 * height) // step * step
+        for width in range(widest, height - 1, -step):
+            if width < widest and height * width < 0.9 * area:
+                break
+            divisor = math.gcd(height, width)
+            by_aspect[height // divisor, width // divisor] = (height, width)  # the last is largest
+    by_aspect[1, 1] = (resolution, resolution)
+    lying = set(by_aspect.values())
+    return sorted(lying | {(width, height) for height, width in lying})
+
+
+def nearest_buckets(found: NDArray[np.int64], sizes: Sequence[Size]) -> NDArray[np.int64]:
+    """The bucket of each pair: an index into `sizes`, for `found` (N, 2, 2), the height and width
+    of both images.
+
+    Its aspect is the nearest to the geometric mean of both; its resolution the largest that scales
+    neither image up by more than a few percent, or else the smallest.
+    """
+    squares = sorted({height for height, width in sizes if height == width})
+    # A bucket's resolution: the smallest square that is no smaller than it.
+    levels: dict[int, list[int]] = defaultdict(list)
+    for i, (height, width) in enumerate(sizes):
+        levels[next((s for s in squares if s * s >= height * width), -1)].append(i)
+    aspects = np.log(found[:, :, 0] / found[:, :, 1]).mean(axis=1)
+    buckets = np.full(len(found), -1, dtype=np.int64)
+    for resolution in sorted(levels):
+        # Of one aspect the largest; in order, so that the halfway points tell which is nearest.
+        here = {height / width: i for i in sorted(levels[resolution], key=lambda i: sizes[i])
+                for height, width in [sizes[i]]}  # fmt: skip
+        edges = np.log(sorted(here))
+        order = np.array([here[aspect] for aspect in sorted(here)])
+        chosen = order[np.searchsorted((edges[1:] + edges[:-1]) / 2, aspects)]
+        scale = np.asarray(sizes)[chosen][:, None] / found
+        fits = scale.max(axis=(1, 2)) <= MAX_ENLARGEMENT
+        buckets = np.where(fits | (buckets < 0), chosen, buckets)
+    return buckets
+
+
+def bucket_of(size_0: Size, size_1: Size, sizes: Sequence[Size]) -> int:
+    """The bucket that both images of a pair share: see `nearest_buckets`."""
+    return int(nearest_buckets(np.array([[size_0, size_1]]), sizes)[0])
+
+
+def fit(
+    image: Image.Image, size: Size, window: tuple[float, float], flip: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale the image so that it covers `size`, cut that at the relative place `window`.
+
+    Returns pixels in [-1, 1], shape (3, height, width), and SDXL's six time ids: original height
+    and width, top and left of the crop in the scaled image, target height and width.
+    """
+    (height, width), (original_w, original_h) = size, image.size
+    scale = max(height / original_h, width / original_w)
+    scaled = max(width, round(original_w * scale)), max(height, round(original_h * scale))
+    image = image.resize(scaled, Image.Resampling.LANCZOS)
+    left = round(window[0] * (scaled[0] - width))
+    top = round(window[1] * (scaled[1] - height))
+    image = image.crop((left, top, left + width, top + height))
     if flip:
         image = ImageOps.mirror(image)
         # Counted from the left of the mirrored picture, which is what the crop is now cut from.
-        left = size[0] - resolution - left
+        left = scaled[0] - width - left
     pixels = torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
-    return pixels, torch.tensor([height, width, top, left, resolution, resolution])
+    return pixels, torch.tensor([original_h, original_w, top, left, height, width])
 
 
-class PreferencePairs(torch.utils.data.Dataset[dict[str, Any]]):
-    """Pairs of image tensors, winner and loser, with everything random drawn from (seed, key)."""
+class Cached(Protocol):
+    """Images and captions that were encoded before."""
 
-    def __init__(
-        self,
-        rows: Dataset,
-        resolution: int,
-        seed: int = 0,
-        random_crop: bool = False,
-        random_flip: bool = False,
-        label_noise_prob: float = 0.0,
-        proportion_empty_prompts: float = 0.0,
-        loser_caption_column: str | None = None,
-        score_columns: Sequence[str] | None = None,
-        sign_column: str | None = None,
-    ) -> None:
-        self.rows = rows
-        self.resolution = resolution
-        self.seed = seed
-        self.random_crop = random_crop
-        self.random_flip = random_flip
-        self.label_noise_prob = label_noise_prob
-        self.proportion_empty_prompts = proportion_empty_prompts
-        self.loser_caption_column = loser_caption_column
-        self.score_columns = score_columns
-        self.sign_column = sign_column
+    def image(self, index: int, side: int, flip: bool) -> Mapping[str, torch.Tensor]:
+        """The mean, std and time_ids of image `side` (0 or 1) of row `index`; else BadImage."""
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def caption(self, text: str) -> Mapping[str, torch.Tensor] | None:
+        """The prompts and pooled of a caption, or None where captions are not kept."""
 
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        """The pair as pixels_w/l, time_ids_w/l, captions (one for both, or the winner's and the
-        loser's), and a seed for its noise and timestep; score_w/l and sign if columns hold them.
+
+@dataclass(kw_only=True)
+class PairMaker:
+    """How a row becomes a pair of winner and loser, with everything random drawn from numbers."""
+
+    seed: int = 0
+    random_crop: bool = False
+    random_flip: bool = False
+    label_noise_prob: float = 0.0
+    proportion_empty_prompts: float = 0.0
+    loser_caption_column: str | None = None
+    score_columns: Sequence[str] | None = None
+    sign_column: str | None = None
+    cached: Cached | None = None
+
+    def columns(self) -> list[str]:
+        """What is read of a row: of one with cached images, not the images."""
+        optional = [self.loser_caption_column, *(self.score_columns or ()), self.sign_column]
+        needed = [*COLUMNS, *(column for column in optional if column is not None)]
+        images = () if self.cached is None else ("jpg_0", "jpg_1")
+        return [column for column in dict.fromkeys(needed) if column not in images]
+
+    def make(self, row: Mapping[str, Any], index: int, draw: Key, size: Size) -> dict[str, Any]:
+        """The pair as pixels_w/l (with `cached`, mean_w/l and std_w/l), time_ids_w/l, captions (one
+        for both, or the winner's and the loser's) with their prompts and pooled if these are
+        cached, and a seed for its noise and timestep; score_w/l and sign if columns hold them.
         """
-        epoch, index = key
-        row = self.rows[index]
         # A wrong label stays wrong for the whole run, as in data: its draw knows no epoch.
         flip_label = np.random.default_rng([self.seed, index]).random() < self.label_noise_prob
-        rng = np.random.default_rng([self.seed, epoch, index])
+        rng = np.random.default_rng([self.seed, *draw])
         u, v, mirror, drop = rng.random(4)
         window = (u, v) if self.random_crop else (0.5, 0.5)
-        mirror = self.random_flip and mirror < 0.5
+        mirror = bool(self.random_flip and mirror < 0.5)
         winner = int((row["label_0"] == 1) == flip_label)
         pair: dict[str, Any] = {"seed": int(rng.integers(2**63))}
         for side, i in (("w", winner), ("l", 1 - winner)):
-            image = open_image(row[f"jpg_{i}"], f"row {index}, column jpg_{i}")
-            pair[f"pixels_{side}"], pair[f"time_ids_{side}"] = fit(
-                image, self.resolution, window, mirror
-            )
+            if self.cached is not None:
+                encoded = self.cached.image(index, i, mirror)
+                pair |= {f"{name}_{side}": encoded[name] for name in ("mean", "std", "time_ids")}
+            else:
+                image = open_image(row[f"jpg_{i}"], f"row {index}, column jpg_{i}")
+                pair[f"pixels_{side}"], pair[f"time_ids_{side}"] = fit(image, size, window, mirror)
             if self.score_columns is not None:
                 column = self.score_columns[i]
                 pair[f"score_{side}"] = read_number(row[column], f"row {index}, column {column}")
         if self.sign_column is not None:
             where = f"row {index}, column {self.sign_column}"
             pair["sign"] = read_number(row[self.sign_column], where)
-        captions = [row["caption"]]
+        columns = ["caption"]
         if self.loser_caption_column is not None:
-            captions.append(row[self.loser_caption_column])
+            columns.append(self.loser_caption_column)
+        captions = [read_text(row[column], f"row {index}, column {column}") for column in columns]
         if flip_label:  # a caption stays with its image, as a score does
             captions.reverse()
         if drop < self.proportion_empty_prompts:
             captions = [""] * len(captions)
         pair["captions"] = captions
+        if self.cached is not None:
+            texts = [self.cached.caption(caption) for caption in captions]
+            known = [text for text in texts if text is not None]
+            if len(known) == len(texts):
+                pair |= {name: [text[name] for text in known] for name in ("prompts", "pooled")}
         return pair
+
+
+@dataclass(eq=False)
+class PreferencePairs(PairMaker, torch.utils.data.Dataset[dict[str, Any]]):
+    """The pairs of `rows`, by (epoch, index), each in the size of its bucket.
+
+    `buckets` says which of `sizes` each row has; it may be left out where there is only one.
+    """
+
+    rows: Dataset
+    sizes: Sequence[Size]
+    buckets: NDArray[np.int64] | None = None
+
+    def __post_init__(self) -> None:
+        if self.buckets is None:
+            if len(self.sizes) != 1:
+                raise ValueError(
+                    f"buckets=None with {len(self.sizes)} sizes; need one for each row"
+                )
+            self.buckets = np.zeros(len(self.rows), dtype=np.int64)
+        if len(self.buckets) != len(self.rows):
+            raise ValueError(
+                f"buckets are those of {len(self.buckets)} rows; need one for each of "
+                f"{len(self.rows)}"
+            )
+        self.rows = self.rows.select_columns(self.columns())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        """The pair of `PairMaker.make`, and `refused`: the bad images that it stands in for.
+
+        A pair with a bad image falls back to another of its bucket, which (seed, key) alone say.
+        """
+        assert self.buckets is not None
+        epoch, index = key
+        bucket = self.buckets[index]
+        refused: list[str] = []
+        chosen = index
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                pair = self.make(self.rows[chosen], chosen, key, self.sizes[bucket])
+                return pair | {"refused": refused}
+            except BadImage as bad:
+                refused.append(str(bad))
+            rng = np.random.default_rng([self.seed, epoch, index, attempt])
+            chosen = int(rng.choice(np.flatnonzero(self.buckets == bucket)))
+        raise too_many_refused(refused)
+
+
+def too_many_refused(refused: Sequence[str]) -> ValueError:
+    """The error of a run that finds nothing but bad images."""
+    return ValueError(
+        f"{len(refused)} pairs in a row have a bad image; need whole ones: {'; '.join(refused[:3])}"
+    )
 
 
 class PairStream(Sampler[Key]):
@@ -192,17 +388,127 @@ class PairStream(Sampler[Key]):
     The n-th key depends on `seed` and n alone, so a run resumes where it stopped.
     """
 
-    def __init__(self, length: int, seed: int, start: int, stop: int) -> None:
+    def __init__(self, length: int, seed: int, start: int = 0, stop: int | None = None) -> None:
         self.length, self.seed, self.start, self.stop = length, seed, start, stop
-
-    def __len__(self) -> int:
-        return self.stop - self.start
 
     def __iter__(self) -> Iterator[Key]:
         shuffled_epoch, order = -1, np.empty(0, dtype=np.int64)
-        for n in range(self.start, self.stop):
+        endless = itertools.count(self.start)
+        for n in endless if self.stop is None else range(self.start, self.stop):
             epoch, place = divmod(n, self.length)
             if epoch != shuffled_epoch:
                 shuffled_epoch = epoch
                 order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
             yield epoch, int(order[place])
+
+
+class PairBatches(Sampler[list[Key]]):
+    """Batches of keys of one bucket each, `count` of them (endless if None).
+
+    The endless stream of `PairStream` flows into a queue for each bucket, and a full queue is a
+    batch: what an epoch leaves in a queue, the next one fills up. `start` pairs have been seen
+    before. With one bucket it goes on right there, whatever the batch size was; with several it
+    replays the batches that came before, so there the batch size should be what it was.
+    """
+
+    drop_last = False  # as accelerate asks: no batch is cut short anyway
+
+    def __init__(
+        self,
+        buckets: NDArray[np.int64],
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        count: int | None = None,
+    ) -> None:
+        if not len(buckets):
+            raise ValueError("buckets are those of no pair; need at least one")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}; need at least 1")
+        self.buckets, self.batch_size, self.seed = buckets, batch_size, seed
+        self.start, self.count = start, count
+
+    def __len__(self) -> int:
+        if self.count is None:
+            raise TypeError("count=None: this stream of batches has no end")
+        return self.count
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        several = len(np.unique(self.buckets)) > 1
+        keys = PairStream(len(self.buckets), self.seed, 0 if several else self.start)
+        batches = self.batches(keys)
+        first = self.start // self.batch_size if several else 0
+        stop = None if self.count is None else first + self.count
+        return itertools.islice(batches, first, stop)
+
+    def batches(self, keys: Iterable[Key]) -> Iterator[list[Key]]:
+        """The keys in batches of one bucket, in the order in which these fill up."""
+        buckets = self.buckets.tolist()
+        queues: dict[int, list[Key]] = defaultdict(list)
+        for key in keys:
+            queue = queues[buckets[key[1]]]
+            queue.append(key)
+            if len(queue) == self.batch_size:
+                yield queues.pop(buckets[key[1]])
+
+
+@dataclass(eq=False)
+class StreamedPairs(PairMaker, torch.utils.data.IterableDataset[dict[str, Any]]):
+    """The pairs of rows that come as a stream, endless, each epoch shuffled in a buffer.
+
+    Process `rank` of `world` has every `world`-th of them, after the `start` that all together have
+    seen. The workers of a DataLoader take turns of `batch_size` pairs and do not change the order.
+    A bad image is skipped, and named in the next pair's `refused`; a run that resumes sees as many
+    pairs again as were skipped. Every process and worker reads the whole stream, from its first row
+    on: a data set that is used for long is better downloaded.
+    """
+
+    rows: IterableDataset
+    size: Size
+    rank: int = 0
+    world: int = 1
+    start: int = 0
+    batch_size: int = 1
+    buffer_size: int = 500
+
+    def __post_init__(self) -> None:
+        if self.cached is not None:
+            raise ValueError("cached: a stream has no cache; need None")
+        self.rows = self.rows.select_columns(self.columns())
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        worker_id, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        refused: list[str] = []
+        for n, (epoch, index, row) in enumerate(self.stream()):
+            turn, rank = divmod(n - self.start, self.world)
+            mine = rank == self.rank and turn // self.batch_size % workers == worker_id
+            if n < self.start or not mine:
+                continue
+            try:
+                pair = self.make(row, index, (epoch, index), self.size)
+            except BadImage as bad:
+                refused.append(str(bad))
+                if len(refused) == ATTEMPTS:
+                    raise too_many_refused(refused) from bad
+                continue
+            yield pair | {"refused": refused}
+            refused = []
+
+    def stream(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """Epoch, number and content of every row, shuffled, without end."""
+        for epoch in itertools.count():
+            rng = np.random.default_rng([self.seed, epoch])
+            buffer: list[tuple[int, int, dict[str, Any]]] = []
+            # By iter() and not by a plain loop, in which datasets shares out the rows to workers.
+            for index, batch in enumerate(self.rows.iter(batch_size=1)):
+                row = {column: cells[0] for column, cells in batch.items()}
+                buffer.append((epoch, index, row))
+                if len(buffer) > self.buffer_size:
+                    place = int(rng.integers(len(buffer)))
+                    buffer[place], buffer[-1] = buffer[-1], buffer[place]
+                    yield buffer.pop()
+            if not buffer and epoch == 0:
+                raise ValueError("no pair to train on: the stream is empty")
+            for place in rng.permutation(len(buffer)):
+                yield buffer[place]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.training_utils import compute_snr
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -73,9 +74,18 @@ def load_scheduler(args: argparse.Namespace) -> DDPMScheduler:
     return scheduler
 
 
-def side_factor(vae: AutoencoderKL, unet: UNet2DConditionModel) -> int:
-    """What the sides of an image must be multiples of, to halve evenly to the UNet's middle."""
-    return 2 ** (len(vae.config.block_out_channels) + len(unet.config.block_out_channels) - 2)
+def side_factor(args: argparse.Namespace) -> int:
+    """What the sides of an image must be multiples of, to halve evenly to the UNet's middle: read
+    from the configurations alone."""
+    source, where = args.pretrained_model_name_or_path, {"cache_dir": args.cache_dir}
+    vae, vae_where = args.pretrained_vae_model_name_or_path, where
+    if not vae:
+        vae, vae_where = source, where | {"subfolder": "vae", "revision": args.revision}
+    configs = (
+        AutoencoderKL.load_config(vae, **vae_where),
+        UNet2DConditionModel.load_config(source, subfolder="unet", revision=args.revision, **where),
+    )
+    return 2 ** sum(len(config["block_out_channels"]) - 1 for config in configs)
 
 
 def tokenize(tokenizers: Sequence[Any], captions: Sequence[str]) -> list[Tensor]:
@@ -111,16 +121,41 @@ def encode_images(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return posterior.mean.float() * scale, posterior.std.float() * scale
 
 
+class Draws(NamedTuple):
+    """What is random about a pair beside its picture: timestep, noise, and the VAE's sample."""
+
+    channels: int
+    factor: int  # pixels per latent
+    num_train_timesteps: int
+
+    def __call__(self, seeds: list[int], height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise (B, channels, h, w), timesteps (B,) and the noise of the VAE's posterior for images
+        of `height` x `width` pixels, each pair's from its seed alone.
+
+        Drawn on the CPU, so that every device sees the same numbers.
+        """
+        shape = (self.channels, height // self.factor, width // self.factor)
+        noise, timesteps, posterior = [], [], []
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed)
+            timesteps.append(torch.randint(self.num_train_timesteps, (), generator=generator))
+            noise.append(torch.randn(shape, generator=generator))
+            posterior.append(torch.randn(shape, generator=generator))
+        return torch.stack(noise), torch.stack(timesteps), torch.stack(posterior)
+
+
 class Collator:
     """Stacks pairs into a batch, winners first.
 
     Images come as pixels, or as the mean and std of their latents; captions (one of each pair, or
     where losers have their own, all winners' and then all losers') as input_ids for each tokenizer,
-    or as prompts and pooled: the latter of each where the pairs come from a cache.
+    or as prompts and pooled: the latter of each where the pairs come from a cache. With `draws` the
+    batch has the pairs' noise (B, ...), timesteps (B,) and vae_noise (B, ...), each from its pair's
+    seed alone.
     """
 
-    def __init__(self, tokenizers: Sequence[Any]) -> None:
-        self.tokenizers = tokenizers
+    def __init__(self, tokenizers: Sequence[Any], draws: Draws | None = None) -> None:
+        self.tokenizers, self.draws = tokenizers, draws
 
     def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = {
@@ -137,6 +172,11 @@ class Collator:
             texts = [text for half in captions for text in half]
             batch["input_ids"] = tokenize(self.tokenizers, texts)
         batch["seeds"] = [pair["seed"] for pair in pairs]
+        batch["refused"] = [line for pair in pairs for line in pair["refused"]]
+        if self.draws is not None:
+            height, width = batch["time_ids"][0, 4:].tolist()
+            names = ("noise", "timesteps", "vae_noise")
+            batch |= zip(names, self.draws(batch["seeds"], height, width), strict=True)
         if "score_w" in pairs[0]:
             scores = [pair[f"score_{side}"] for side in "wl" for pair in pairs]
             batch["scores"] = torch.tensor(scores)
@@ -145,25 +185,25 @@ class Collator:
         return batch
 
 
-def draw_noise(
-    seeds: list[int], shape: torch.Size, num_train_timesteps: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One timestep, noise and VAE sample per pair, from its seed alone.
+def latents_of(batch: Mapping[str, Any], vae: AutoencoderKL | None) -> Tensor:
+    """A sample of the latents (2B, ...) of a batch's images, with the pairs' own noise."""
+    if "mean" in batch:
+        mean, std = batch["mean"], batch["std"]
+    else:
+        mean, std = encode_images(vae, batch["pixels"])
+    return mean + std * torch.cat([batch["vae_noise"], batch["vae_noise"]])
 
-    `shape` is one latent's. Drawn on the CPU, so that every device sees the same numbers.
-    Returns noise (B, *shape), timesteps (B,) and the noise of the VAE's posterior (B, *shape).
-    """
-    noise, timesteps, posterior = [], [], []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
-        timesteps.append(torch.randint(num_train_timesteps, (), generator=generator))
-        noise.append(torch.randn(shape, generator=generator))
-        posterior.append(torch.randn(shape, generator=generator))
-    return (
-        torch.stack(noise).to(device),
-        torch.stack(timesteps).to(device),
-        torch.stack(posterior).to(device),
-    )
+
+def condition_of(batch: Mapping[str, Any], text_encoders: Sequence[Any]) -> dict[str, Any]:
+    """What the UNet gets beside noisy latents and timesteps, for winners and losers (2B, ...)."""
+    if "prompts" in batch:
+        prompts, pooled = batch["prompts"], batch["pooled"]
+    else:
+        prompts, pooled = encode_prompts(text_encoders, batch["input_ids"])
+    if len(prompts) < len(batch["time_ids"]):  # a pair shares its caption
+        prompts, pooled = torch.cat([prompts, prompts]), torch.cat([pooled, pooled])
+    added = {"text_embeds": pooled, "time_ids": batch["time_ids"]}
+    return {"encoder_hidden_states": prompts, "added_cond_kwargs": added}
 
 
 def noisy_pairs(
@@ -181,6 +221,14 @@ def noisy_pairs(
     if scheduler.config.prediction_type == "epsilon":
         return noisy, noise
     return noisy, scheduler.get_velocity(latents, noise_wl, timesteps_wl)
+
+
+def min_snr_weight(scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -> Tensor:
+    """The min-SNR weight of each timestep's error (Hang et al. 2023, arXiv:2303.09556):
+    min(SNR, gamma) / SNR to predict noise, min(SNR, gamma) / (SNR + 1) to predict v."""
+    snr = compute_snr(scheduler, timesteps)
+    divisor = snr if scheduler.config.prediction_type == "epsilon" else snr + 1
+    return snr.clamp(max=gamma) / divisor
 
 
 def inverted_pairs(

@@ -12,19 +12,23 @@ the pair's index, so a run does not depend on workers, batch layout, or having b
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import math
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from accelerate.utils import ProjectConfiguration, send_to_device, set_seed
+from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import fastpref
+from check_data import check_data
 from checkpoints import (
     find_checkpoint,
     list_checkpoints,
@@ -33,27 +37,56 @@ from checkpoints import (
     step_of,
     written_aside,
 )
-from curves import append_metrics, plot_curves, read_metrics, truncate_metrics
-from flags import check_resolution, parse_args
+from curves import plot_curves, read_metrics, truncate_metrics
+from flags import check_resolutions, parse_args
+from heldout import HeldOut
+from journal import Journal
+from latent_cache import release
+from model_card import push, write_card
 from objectives import Objective
-from pair_data import PairStream, PreferencePairs, load_pairs
+from painting import Painter
+from pair_data import bucket_sizes
+from policy import (
+    EMA,
+    add_lora,
+    averaged,
+    clip_or_skip,
+    keep_only_what_learns,
+    make_optimizer,
+    poison,
+    save_trained,
+    trainable,
+    without_adapters,
+)
+from run_data import (
+    all_rows,
+    heldout_rows,
+    make_loader,
+    make_pairs,
+    options,
+    tell_refused,
+    train_rows,
+)
 from sdxl import (
     DTYPES,
     Collator,
-    draw_noise,
-    encode_images,
-    encode_prompts,
+    Draws,
+    condition_of,
     frozen_copy,
     inverted_pairs,
+    latents_of,
     load_encoders,
     load_scheduler,
+    load_vae,
+    min_snr_weight,
     noisy_pairs,
     side_factor,
 )
+from watching import Watch
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train, and leave checkpoints, metrics, curves and a pipeline in `args.output_dir`."""
+    """Train, and leave checkpoints, metrics, curves and the result in `args.output_dir`."""
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -62,57 +95,90 @@ def main(args: argparse.Namespace) -> None:
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
     )
     set_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(output_dir)
     accelerator.wait_for_everyone()
 
-    # The pipeline's parts. Only the UNet learns, in fp32; the rest is read-only.
-    vae, tokenizers, text_encoders = load_encoders(args, accelerator.device)
+    # Data.
+    scheduler = load_scheduler(args)
+    factor = side_factor(args)
+    check_resolutions(args.resolution, factor)
+    sizes = bucket_sizes(args.resolution, factor, args.aspect_buckets)
+    if args.check_data:
+        rows = all_rows(args, args.dataset_name, args.dataset_split_name)
+        workers = args.dataloader_num_workers
+        print(check_data(rows, sizes, output_dir, ties=args.ties, workers=workers,
+                         max_samples=args.max_train_samples, **options(args)))  # fmt: skip
+        return
+    with accelerator.main_process_first():
+        rows, rows_heldout = train_rows(args), heldout_rows(args)
+
+    # What pairs are made of: once, where there is a cache, or at each step by frozen encoders.
+    encoders = load_encoders(args, accelerator.device)
+    vae, tokenizers, text_encoders = encoders
+    draws = Draws(
+        vae.config.latent_channels,
+        2 ** (len(vae.config.block_out_channels) - 1),
+        scheduler.config.num_train_timesteps,
+    )
+    pairs = heldout = painter = None
+    if not args.streaming:
+        pairs = make_pairs(args, accelerator, rows, sizes, encoders, **options(args))
+    if rows_heldout is not None:
+        pairs_heldout = make_pairs(
+            args, accelerator, rows_heldout, sizes, encoders, seed=args.seed,
+            loser_caption_column=args.loser_caption_column,
+        )  # fmt: skip
+        heldout = HeldOut(
+            pairs_heldout, encoders, scheduler, accelerator, args.train_batch_size, seed=args.seed
+        )
+        tell_refused(args, heldout.refused)
+    if args.validation_prompts:
+        painter = Painter(
+            args.validation_prompts, encoders, accelerator.device,
+            args.resolution[0], args.resolution[0], args.validation_inference_steps,
+            args.validation_guidance_scale, args.seed,
+            functools.partial(load_vae, args), accelerator.autocast,
+        )  # fmt: skip
+    if args.latent_cache:
+        release(vae, *([] if args.train_text_encoder else text_encoders))
+
+    # The model. The UNet learns, in fp32, or adapters do; what is frozen is kept in less.
     unet = UNet2DConditionModel.from_pretrained(
         args.pretrained_model_name_or_path, subfolder="unet", torch_dtype=torch.float32,
         revision=args.revision, variant=args.variant, cache_dir=args.cache_dir,
     )  # fmt: skip
-    scheduler = load_scheduler(args)
-    check_resolution(args.resolution, side_factor(vae, unet))
     objective = Objective(args, scheduler.config.num_train_timesteps)
-    # The base, whatever checkpoint is loaded below: never a half-trained model.
-    reference = None
-    if objective.needs_reference:
-        reference = frozen_copy(unet, DTYPES[args.mixed_precision]).to(accelerator.device)
+    frozen = None
+    if args.lora_rank:
+        unet.to(accelerator.device, DTYPES[args.mixed_precision])
+        add_lora(args, unet, text_encoders if args.train_text_encoder else [])
+    elif objective.needs_reference:
+        # The base, whatever checkpoint is loaded below: never a half-trained model.
+        frozen = frozen_copy(unet, DTYPES[args.mixed_precision]).to(accelerator.device)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if args.torch_compile:
+        unet.compile_repeated_blocks()
     unet.train()
 
-    # Data, and how long to train on it.
-    extra_columns = [args.loser_caption_column, *(args.score_columns or ()), args.sign_column]
-    with accelerator.main_process_first():
-        rows = load_pairs(
-            args.dataset_name, args.dataset_split_name, args.max_train_samples, args.cache_dir,
-            [column for column in extra_columns if column is not None],
-        )  # fmt: skip
-    pairs = PreferencePairs(
-        rows, args.resolution, args.seed, args.random_crop, args.random_flip,
-        args.label_noise_prob, args.proportion_empty_prompts,
-        args.loser_caption_column, args.score_columns, args.sign_column,
-    )  # fmt: skip
+    # How long to train.
     pairs_per_step = (
         args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     )
     if args.max_train_steps is not None:
         max_train_steps = args.max_train_steps
     elif args.num_train_epochs is not None:
-        max_train_steps = math.ceil(args.num_train_epochs * len(pairs) / pairs_per_step)
+        max_train_steps = math.ceil(args.num_train_epochs * len(rows) / pairs_per_step)
     else:
         max_train_steps = 2000
 
-    optimizer = torch.optim.AdamW(
-        unet.parameters(),
-        lr=args.learning_rate * (pairs_per_step if args.scale_lr else 1),
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
+    learning = [unet, *(text_encoders if args.train_text_encoder else [])]
+    parameters = trainable(learning)
+    learning_rate = args.learning_rate * (pairs_per_step if args.scale_lr else 1)
+    optimizer = make_optimizer(args, parameters, learning_rate)
     # accelerate steps the schedule once per process.
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
@@ -120,37 +186,56 @@ def main(args: argparse.Namespace) -> None:
         num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
         num_training_steps=max_train_steps * accelerator.num_processes,
     )
-    unet, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
+    *learning, optimizer, lr_scheduler = accelerator.prepare(*learning, optimizer, lr_scheduler)
+    unet, base_unet = learning[0], accelerator.unwrap_model(learning[0])
+    if args.train_text_encoder:
+        text_encoders = learning[1:]
+    parameters = trainable(learning)  # sharding makes others of them
+    ema = None
+    if args.use_ema:
+        ema = EMA(parameters, decay=args.ema_decay)
+        accelerator.register_for_checkpointing(ema)
+    keep_only_what_learns(accelerator)
 
     # Go on from a checkpoint: weights, optimizer, schedule, RNG, and the place in the data.
-    step, pairs_seen = 0, 0
+    count = 0 if pairs is None else len(pairs)  # nobody knows how long a stream is
+    state = {"step": 0, "pairs_seen": 0, "bad_in_row": 0, "pairs": count}
     checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
     if checkpoint is not None:
         accelerator.print(f"resuming from {checkpoint}")
         accelerator.load_state(str(checkpoint))
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
-        step, pairs_seen = state["step"], state["pairs_seen"]
+        state |= json.loads((checkpoint / "trainer_state.json").read_text())
+        if state["pairs"] != count:
+            raise ValueError(
+                f"{checkpoint} is of a run on {state['pairs']} pairs; there are {count} now: need "
+                "the same data, to go on in their order"
+            )
     elif args.resume_from_checkpoint:
         accelerator.print(f"no checkpoint in {output_dir}: starting from scratch")
+    step = state["step"]
     later = [path.name for path in list_checkpoints(output_dir) if step_of(path) > step]
     if later:
         raise ValueError(
             f"--output_dir {output_dir} holds {', '.join(later)}, later than step {step} where "
             "this run begins; need --resume_from_checkpoint latest, or another folder"
         )
-    loader = accelerator.prepare(
-        DataLoader(
-            pairs,
-            batch_size=args.train_batch_size,
-            sampler=PairStream(
-                len(pairs), args.seed, pairs_seen,
-                pairs_seen + (max_train_steps - step) * pairs_per_step,
-            ),
-            collate_fn=Collator(tokenizers),
-            num_workers=args.dataloader_num_workers,
-            generator=torch.Generator(),  # its own, so that the global RNG is left alone
-        )
+    micro_batches = (max_train_steps - step) * args.gradient_accumulation_steps
+    loader = make_loader(
+        args, accelerator, rows if pairs is None else pairs, sizes, Collator(tokenizers, draws),
+        state["pairs_seen"], micro_batches,
     )  # fmt: skip
+
+    def now() -> AbstractContextManager[Any]:
+        return averaged(ema, parameters, unet)
+
+    def base() -> AbstractContextManager[Any]:
+        """The model before training, as far as it is still known: else what there is now."""
+        if args.lora_rank:
+            return without_adapters(*learning)
+        return nullcontext(unet if frozen is None else frozen)
+
+    watch = Watch(args, accelerator, heldout, painter, scheduler, now, base,
+                  text_encoders if args.train_text_encoder else [])  # fmt: skip
     metrics_path = output_dir / "metrics.jsonl"
     if accelerator.is_main_process:
         truncate_metrics(metrics_path, step)
@@ -164,118 +249,108 @@ def main(args: argparse.Namespace) -> None:
 
     progress = tqdm(total=max_train_steps, initial=step, disable=not accelerator.is_main_process,
                     desc=args.loss, unit="step")  # fmt: skip
-    names: list[str] = []
-    step_metrics: list[torch.Tensor] = []  # of the micro-batches of this step
-    unread: list[torch.Tensor] = []  # of the steps not yet read from the device
-    unread_lrs: list[float] = []
-
-    def flush() -> None:
-        """Average the unread steps over the processes, read them in one go, and log them."""
-        if not unread:
-            return
-        means = accelerator.reduce(torch.stack(unread), reduction="mean").tolist()
-        first = step - len(unread) + 1
-        logged = [
-            {"step": first + i, "lr": lr, **dict(zip(names, values, strict=True))}
-            for i, (lr, values) in enumerate(zip(unread_lrs, means, strict=True))
-        ]
-        unread.clear()
-        unread_lrs.clear()
-        if accelerator.is_main_process:
-            append_metrics(metrics_path, logged)
-        for row in logged:
-            accelerator.log({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
-        last = logged[-1]
-        progress.set_postfix({k: f"{last[k]:.3g}" for k in ("loss", "margin", "accuracy")})
+    journal = Journal(accelerator, metrics_path, progress, step, state["bad_in_row"])
 
     def save_checkpoint() -> None:
         """Write everything a later run needs to go on from here as if nothing had happened."""
-        target = output_dir / f"checkpoint-{step}"
+        target = output_dir / f"checkpoint-{journal.step}"
         with written_aside(target, accelerator) as aside:
             accelerator.save_state(str(aside))
             if accelerator.is_main_process:
-                state = {"step": step, "pairs_seen": pairs_seen}
-                (aside / "trainer_state.json").write_text(json.dumps(state))
+                seen = state["pairs_seen"] + (journal.step - step) * pairs_per_step
+                now = {"step": journal.step, "pairs_seen": seen, "bad_in_row": journal.bad_in_row}
+                (aside / "trainer_state.json").write_text(json.dumps(state | now))
         if accelerator.is_main_process:
             prune(output_dir, args.checkpoints_total_limit, target)
-            progress.write(f"step {step}: {fastpref.health(read_metrics(metrics_path))}")
+            health = fastpref.health(read_metrics(metrics_path))
+            progress.write(f"step {journal.step}: {health}")
 
-    for batch in loader:
-        with accelerator.accumulate(unet):
+    watch.begin(step)
+    for batch in itertools.islice(loader, micro_batches):  # a stream has no end
+        tell_refused(args, batch["refused"])
+        batch = send_to_device(batch, accelerator.device, non_blocking=True)
+        with accelerator.accumulate(*learning):
+            timesteps = torch.cat([batch["timesteps"], batch["timesteps"]])
+            with torch.set_grad_enabled(args.train_text_encoder):
+                condition = condition_of(batch, text_encoders)
             with torch.no_grad():
-                mean, std = encode_images(vae, batch["pixels"])
-                noise, timesteps, vae_noise = draw_noise(
-                    batch["seeds"], mean.shape[1:],
-                    scheduler.config.num_train_timesteps, accelerator.device,
-                )  # fmt: skip
-                latents = mean + std * torch.cat([vae_noise, vae_noise])
-                prompts, pooled = encode_prompts(text_encoders, batch["input_ids"])
-                if args.loser_caption_column is None:  # the pair shares its caption
-                    prompts, pooled = torch.cat([prompts, prompts]), torch.cat([pooled, pooled])
-                condition = {
-                    "encoder_hidden_states": prompts,
-                    "added_cond_kwargs": {"text_embeds": pooled, "time_ids": batch["time_ids"]},
-                }
+                latents = latents_of(batch, vae)
                 if args.inversion == "none":
-                    noisy, target = noisy_pairs(latents, noise, timesteps, scheduler)
+                    noisy, target = noisy_pairs(
+                        latents, batch["noise"], batch["timesteps"], scheduler
+                    )
                 else:
                     noisy, target = inverted_pairs(
-                        args, unet, condition, latents, timesteps, scheduler, batch["seeds"]
-                    )
-                timesteps = torch.cat([timesteps, timesteps])
+                        args, unet, condition, latents, batch["timesteps"], scheduler,
+                        batch["seeds"],
+                    )  # fmt: skip
                 ref_pred = None
-                if reference is not None:
+                if frozen is not None:
                     with accelerator.autocast():
-                        ref_pred = reference(noisy, timesteps, **condition).sample
+                        ref_pred = frozen(noisy, timesteps, **condition).sample
+                elif objective.needs_reference:
+                    with without_adapters(*learning), accelerator.autocast():
+                        unchanged = condition
+                        if args.train_text_encoder:
+                            unchanged = condition_of(batch, text_encoders)
+                        ref_pred = base_unet(noisy, timesteps, **unchanged).sample
+                if args.snr_gamma:
+                    batch["sample_weight"] = min_snr_weight(
+                        scheduler, batch["timesteps"], args.snr_gamma
+                    )
 
             model_pred = unet(noisy, timesteps, **condition).sample
             out = objective(model_pred, target, ref_pred, batch)
 
-            accelerator.backward(out.loss)
+            accelerator.backward(out.loss * poison(out.loss))
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+                grad_norm, skipped = clip_or_skip(
+                    accelerator, optimizer, parameters, args.max_grad_norm
+                )
             lr = lr_scheduler.get_last_lr()[0]
             optimizer.step()
             lr_scheduler.step()
             optimizer.zero_grad()
 
-        metrics = out.metrics()
-        names = list(metrics)
-        step_metrics.append(torch.stack([value.detach().float() for value in metrics.values()]))
+        journal.note(out.metrics())
         if not accelerator.sync_gradients:
             continue
-        step += 1
-        pairs_seen += pairs_per_step
-        unread.append(torch.stack(step_metrics).mean(dim=0))
-        unread_lrs.append(lr)
-        step_metrics.clear()
-        progress.update()
-        at_checkpoint = step % args.checkpointing_steps == 0 or step == max_train_steps
-        if step % args.log_every == 0 or at_checkpoint:
-            flush()
-        if at_checkpoint:
+        if ema is not None:
+            ema.step(parameters)
+        journal.end_step(lr, grad_norm, skipped)
+        at_end = journal.step == max_train_steps
+        at_checkpoint = at_end or journal.step % args.checkpointing_steps == 0
+        if at_checkpoint or journal.step % args.log_every == 0:
+            journal.flush()
+        watch.look(journal.step, last=at_end)
+        too_bad = journal.bad_in_row >= args.max_bad_steps
+        if at_checkpoint or too_bad:
             save_checkpoint()
+        if too_bad:
+            raise FloatingPointError(
+                f"loss or gradients were not finite for {journal.bad_in_row} steps in a row, up to "
+                f"step {journal.step}; none of them changed the weights, which checkpoint-"
+                f"{journal.step} holds. Lower --learning_rate or beta, or use bf16 or fp32; "
+                "--max_bad_steps says when to stop"
+            )
     progress.close()
 
     accelerator.wait_for_everyone()
+    with averaged(ema, parameters, unet):
+        result = save_trained(args, accelerator, learning, output_dir)
     if accelerator.is_main_process:
-        plot_curves(metrics_path, output_dir / "curves.png", f"{args.loss}, {step} steps")
-        save_pipeline(args, accelerator.unwrap_model(unet), vae, output_dir / "pipeline")
+        curves = output_dir / "curves.png"
+        title = f"{args.loss}, {journal.step} steps"
+        plot_curves(metrics_path, curves, title, watch.rows_path)
+        write_card(
+            result, base_model=args.pretrained_model_name_or_path, dataset=args.dataset_name,
+            loss=args.loss, settings=vars(args), metrics_path=metrics_path,
+            lora=bool(args.lora_rank), pictures=[curves, *watch.last_grid(journal.step)],
+            heldout_path=watch.rows_path, repo_id=args.hub_model_id,
+        )  # fmt: skip
+        if args.push_to_hub:
+            print(f"pushed to {push(result, args.hub_model_id)}")
     accelerator.end_training()
-
-
-def save_pipeline(
-    args: argparse.Namespace, unet: UNet2DConditionModel, vae: AutoencoderKL, folder: Path
-) -> None:
-    """Save the pipeline it began from with the trained UNet, whole or not at all."""
-    pipeline = StableDiffusionXLPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, unet=unet, vae=vae.float(), add_watermarker=False,
-        revision=args.revision, variant=args.variant, cache_dir=args.cache_dir,
-    )  # fmt: skip
-    if args.prediction_type:
-        pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
-    with written_aside(folder) as aside:
-        pipeline.save_pretrained(aside)
 
 
 if __name__ == "__main__":

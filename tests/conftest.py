@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,3 +64,19 @@ def poisoned() -> Iterator[None]:
     assert torch.empty(1).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a small run of the trainer needs (tests/small_run.py)."""
+    from small_run import make_world  # here, because diffusers is not everywhere
+
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def train(world: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Runs the trainer, with flags by keyword; returns the run's folder."""
+    from small_run import trainer
+
+    return trainer(world, tmp_path)

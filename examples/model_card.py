@@ -1,0 +1,159 @@
+"""Knows what a trained model's page says, and how its folder is put on the hub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import huggingface_hub
+from huggingface_hub import ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from curves import read_metrics, written_whole
+
+# Of a run's folder: what serves to go on with it, and not to use what came out.
+NOT_PUSHED = ("checkpoint-*", "logs/*", "eval_base.safetensors", "refused.txt", ".*", "*/.*")
+# Of a run's flags: where it lay on a machine, and what is nobody's business.
+NOT_TOLD = ("output_dir", "cache_dir", "resume_from_checkpoint", "report_to")
+MARKDOWN = str.maketrans({character: f"\\{character}" for character in "\\`*_[]<>|#$~"})
+
+
+def hub_name(name: str) -> str | None:
+    """The name, where it is one of the hub's and no folder or file."""
+    if Path(name).expanduser().exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def shown(value: Any) -> str:
+    """A value as plain text in a cell of a markdown table; of a path its last part."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(shown, value))
+    if isinstance(value, float):
+        text = f"{value:.6g}"
+    elif isinstance(value, Path) or str(value).startswith(("/", "~/")):
+        text = Path(value).name
+    else:
+        text = str(value)
+    return "<br>".join(line.strip().translate(MARKDOWN) for line in text.splitlines())
+
+
+def table(head: tuple[str, str], rows: Iterable[tuple[str, Any]]) -> str:
+    """A markdown table of two columns."""
+    lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
+    lines += [f"| {shown(name)} | {shown(value)} |" for name, value in rows]
+    return "\n".join(lines)
+
+
+def snippet(base_model: str, repo: str, lora: bool) -> str:
+    """The code that opens the model: a LoRA upon its base, or a pipeline by itself."""
+    source = base_model if lora else repo
+    lines = [
+        "import torch",
+        "from diffusers import StableDiffusionXLPipeline",
+        "",
+        "pipeline = StableDiffusionXLPipeline.from_pretrained(",
+        f"    {json.dumps(source)}, torch_dtype=torch.bfloat16",
+        ').to("cuda")',
+    ]
+    if lora:
+        lines.append(f"pipeline.load_lora_weights({json.dumps(repo)})")
+    lines.append('image = pipeline("a photograph of a cat").images[0]')
+    return "\n".join(["```python", *lines, "```"])
+
+
+def copy_pictures(folder: Path, pictures: Sequence[Path]) -> list[str]:
+    """Copy those pictures that are there into `folder`, unless they lie in it, and tell their
+    names; of two with one name the second gets its folder's name before it."""
+    names: list[str] = []
+    for picture in pictures:
+        if not picture.is_file():
+            continue
+        name = picture.name
+        if name in names:
+            name = f"{picture.parent.name}-{name}"
+        if picture.resolve() != (folder / name).resolve():
+            with written_whole(folder / name) as aside:
+                shutil.copyfile(picture, aside)
+        names.append(name)
+    return names
+
+
+def write_card(
+    folder: Path,
+    *,
+    base_model: str,
+    dataset: str,
+    loss: str,
+    settings: Mapping[str, Any],
+    metrics_path: Path,
+    pictures: Sequence[Path],
+    lora: bool,
+    heldout_path: Path | None = None,
+    tags: Sequence[str] = (),
+    license: str | None = None,
+    repo_id: str | None = None,
+) -> Path:
+    """Write README.md into `folder`, which is what is put on the hub: the LoRA's, or the pipeline.
+
+    `settings` are the run's flags; those left at None, places on this machine and tokens are not
+    told. `metrics_path` and `heldout_path` are its metrics.jsonl and eval.jsonl, of which the last
+    rows are told. `repo_id` is the name to open it by, where it is known already.
+    """
+    base, data = hub_name(base_model), hub_name(dataset)
+    kind = ["lora"] if lora else []
+    header = ModelCardData(
+        base_model=base,
+        datasets=[data] if data else None,
+        library_name="diffusers",
+        license=license,
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "stable-diffusion-xl", "fastpref", loss, *kind, *tags],
+        inference=True,
+    )
+    name = (repo_id or folder.resolve().name).split("/")[-1]
+    what = "A LoRA for" if lora else "The whole of"
+    parts = [
+        f"---\n{header.to_yaml()}\n---",
+        f"# {shown(name)}",
+        f"{what} {shown(base or Path(base_model).name)}, aligned on the preference pairs of "
+        f"{shown(data or Path(dataset).name)} with the loss {shown(loss)} of fastpref.",
+        f"## Use\n\n{snippet(base or Path(base_model).name, repo_id or name, lora)}",
+    ]
+    titles = {"Last step": metrics_path, "Held-out pairs": heldout_path}
+    for title, path in titles.items():
+        rows = read_metrics(path) if path is not None else []
+        if rows:
+            parts.append(f"## {title}\n\n{table(('metric', 'value'), rows[-1].items())}")
+    links = [f"![{shown(Path(n).stem)}]({quote(n)})" for n in copy_pictures(folder, pictures)]
+    if links:
+        parts.append("## Pictures\n\n" + "\n\n".join(links))
+    told = [
+        (name, value)
+        for name, value in settings.items()
+        if value is not None and name not in NOT_TOLD and "token" not in name
+    ]
+    parts.append(f"## Settings\n\n{table(('setting', 'value'), told)}")
+    card = folder / "README.md"
+    with written_whole(card) as aside:
+        aside.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return card
+
+
+def push(folder: Path, repo_id: str, token: str | None = None, private: bool = False) -> str:
+    """Put `folder` on the hub, without what only serves to go on with the run; tell where."""
+    url = huggingface_hub.create_repo(repo_id, token=token, private=private, exist_ok=True)
+    huggingface_hub.upload_folder(
+        repo_id=url.repo_id, folder_path=folder, token=token,
+        commit_message="Upload with fastpref", ignore_patterns=list(NOT_PUSHED),
+    )  # fmt: skip
+    return str(url)

@@ -1,0 +1,235 @@
+"""Knows what is trained, the whole UNet or adapters (LoRA), what it is compared with, and how both
+are put on disk."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel, cast_training_params
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from checkpoints import written_aside
+from sdxl import load_vae
+
+UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
+TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def add_lora(args: argparse.Namespace, unet: Any, text_encoders: Sequence[Any]) -> None:
+    """Give the UNet, and the text encoders that come, adapters in fp32; all else is frozen."""
+    for model in (unet, *text_encoders):
+        chosen: dict[str, Any] = {"target_modules": UNET_LAYERS}
+        if model is not unet:
+            # SDXL reads the states before the last layer; only the second encoder's own output
+            # comes from behind it. An adapter there would get no gradient, which DDP waits for.
+            unread = model.config.num_hidden_layers - (model is text_encoders[0])
+            chosen = {"target_modules": TEXT_LAYERS, "layers_to_transform": list(range(unread))}
+        model.requires_grad_(False)
+        model.add_adapter(
+            LoraConfig(
+                r=args.lora_rank,
+                lora_alpha=args.lora_alpha or args.lora_rank,
+                init_lora_weights="gaussian",
+                **chosen,
+            )
+        )
+        cast_training_params(model, torch.float32)
+
+
+def trainable(models: Sequence[torch.nn.Module]) -> list[torch.nn.Parameter]:
+    """The parameters that learn."""
+    return [p for model in models for p in model.parameters() if p.requires_grad]
+
+
+@contextmanager
+def without_adapters(*models: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The models (the first comes back) as they were before `add_lora`: what they are compared
+    with."""
+    layers = [
+        layer for model in models for layer in model.modules() if isinstance(layer, BaseTunerLayer)
+    ]
+    try:
+        for layer in layers:
+            # peft's own switch also takes requires_grad away, which FSDP would remember.
+            layer._disable_adapters = True
+            if not layer.disable_adapters:
+                raise RuntimeError("this version of peft has another switch for adapters")
+        yield models[0]
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def make_optimizer(
+    args: argparse.Namespace, parameters: list[torch.nn.Parameter], learning_rate: float
+) -> torch.optim.Optimizer:
+    """AdamW: fused, or with 8-bit states of bitsandbytes."""
+    settings: dict[str, Any] = {
+        "lr": learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    if args.use_8bit_adam:
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise ValueError(f"--use_8bit_adam needs bitsandbytes: {error}") from error
+        return AdamW8bit(parameters, **settings)
+    fused = {p.device.type for p in parameters} <= {"cpu", "cuda", "xpu"}
+    return torch.optim.AdamW(parameters, fused=fused, **settings)
+
+
+def poison(loss: Tensor) -> Tensor:
+    """1, or NaN where `loss` is not finite: times it, the loss's gradients say so in every process
+    and after any accumulation."""
+    return torch.where(loss.detach().isfinite(), 1.0, float("nan"))
+
+
+def clip_or_skip(
+    accelerator: Accelerator,
+    optimizer: AcceleratedOptimizer,
+    parameters: list[torch.nn.Parameter],
+    max_norm: float,
+) -> tuple[Tensor, Tensor]:
+    """Clip the gradients; where they are not finite, the optimizer's next step changes nothing.
+
+    Returns their norm and whether the step is skipped, 0-d tensors. Fused AdamW decides it on the
+    device, without making Python wait. fp16's scaler and DeepSpeed have their own ways.
+    """
+    norm = accelerator.clip_grad_norm_(parameters, max_norm)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        norm = torch.as_tensor(norm or 0.0, device=accelerator.device)
+        return norm, ~norm.isfinite()
+    bad = ~norm.isfinite()
+    inner = optimizer.optimizer
+    if optimizer.scaler is None:
+        if isinstance(inner, torch.optim.AdamW) and inner.defaults["fused"]:
+            inner.__dict__["found_inf"] = bad.float()  # as a gradient scaler tells it
+        elif bad.item():
+            optimizer.zero_grad()  # parameters without gradients are left as they are
+    if isinstance(norm, DTensor):
+        norm, bad = norm.full_tensor(), bad.full_tensor()
+    return norm, bad
+
+
+@contextmanager
+def averaged(
+    ema: EMAModel | None, parameters: list[torch.nn.Parameter], model: torch.nn.Module
+) -> Iterator[torch.nn.Module]:
+    """The model with the moving average of its parameters, where one is kept."""
+    if ema is None:
+        yield model
+        return
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield model
+    finally:
+        ema.restore(parameters)
+
+
+class EMA(EMAModel):
+    """A moving average whose state goes with a checkpoint, and comes back to its device."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        device = self.shadow_params[0].device
+        super().load_state_dict(state_dict)
+        self.to(device)
+
+
+def keep_only_what_learns(accelerator: Accelerator) -> None:
+    """Let checkpoints hold what `trainable` gives, under names that do not depend on the number of
+    processes. FSDP and DeepSpeed write in their own ways."""
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return
+
+    def learned(model: torch.nn.Module) -> dict[str, Tensor]:
+        model = accelerator.unwrap_model(model)
+        state, names = (
+            model.state_dict(),
+            {n for n, p in model.named_parameters() if p.requires_grad},
+        )
+        return {name: state[name].contiguous() for name in state if name in names}
+
+    def save(models: list[Any], weights: list[Any], folder: str) -> None:
+        if accelerator.is_main_process:
+            for i, model in enumerate(models):
+                save_file(learned(model), Path(folder) / f"learned_{i}.safetensors")
+        weights.clear()
+
+    def load(models: list[Any], folder: str) -> None:
+        for i, model in enumerate(models):
+            found = load_file(Path(folder) / f"learned_{i}.safetensors")
+            wanted = learned(model)
+            differ = sorted(
+                {*found} ^ {*wanted}
+                | {n for n in {*found} & {*wanted} if found[n].shape != wanted[n].shape}
+            )
+            if differ:
+                raise ValueError(
+                    f"resume_from_checkpoint={folder}: {len(differ)} weights are not those of this "
+                    f"model ({', '.join(differ[:3])}, ...); need the same model and --lora_rank"
+                )
+            accelerator.unwrap_model(model).load_state_dict(found, strict=False)
+        models.clear()
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def save_trained(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    learning: Sequence[Any],
+    output_dir: Path,
+) -> Path:
+    """Write the adapters, or a pipeline with the trained UNet, whole or not at all; the folder.
+
+    Every process must call it: with FSDP each holds a part.
+    """
+    result = output_dir if args.lora_rank else output_dir / "pipeline"
+    states = [accelerator.get_state_dict(model) for model in learning]
+    if not accelerator.is_main_process:
+        return result
+    models = [accelerator.unwrap_model(model) for model in learning]
+    if args.lora_rank:
+        layers: dict[str, Any] = {}
+        names = ("unet", "text_encoder", "text_encoder_2")
+        for name, model, state in zip(names, models, states, strict=False):
+            adapters = get_peft_model_state_dict(model, state_dict=state)
+            layers[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(adapters)
+            layers[f"{name}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
+        hidden = f".tmp-{LORA_FILE}"
+        StableDiffusionXLPipeline.save_lora_weights(output_dir, weight_name=hidden, **layers)
+        os.replace(output_dir / hidden, output_dir / LORA_FILE)
+        return result
+    with torch.device("meta"):
+        trained = UNet2DConditionModel.from_config(models[0].config)
+    trained.load_state_dict(states[0], assign=True)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        args.pretrained_model_name_or_path, unet=trained, vae=load_vae(args).float(),
+        revision=args.revision, variant=args.variant, cache_dir=args.cache_dir,
+        add_watermarker=False,
+    )  # fmt: skip
+    if args.prediction_type:
+        pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
+    with written_aside(result) as aside:
+        pipeline.save_pretrained(aside)
+    return result

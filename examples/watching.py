@@ -1,0 +1,108 @@
+"""Knows how a run is looked at from time to time, in comparison with the base model it began from:
+held-out pairs are scored, and prompts are painted."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from PIL import Image
+
+from curves import append_metrics, truncate_metrics
+from heldout import HeldOut, Scores
+from painting import Painter, write_grid, write_image
+
+Model = Callable[[], AbstractContextManager[Any]]  # a UNet, for as long as the context lasts
+
+
+class Watch:
+    """Looks at the model when it is time to; all processes call it at the same steps."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        heldout: HeldOut | None,
+        painter: Painter | None,
+        scheduler: Any,
+        now: Model,
+        base: Model,
+        text_encoders: Sequence[Any],
+    ) -> None:
+        """`now` and `base` give the model as it is and was; `text_encoders` come if they learn."""
+        self.args, self.accelerator = args, accelerator
+        self.heldout, self.painter, self.scheduler = heldout, painter, scheduler
+        self.now, self.base, self.text_encoders = now, base, text_encoders
+        self.rows_path = Path(args.output_dir) / "eval.jsonl"
+        self.base_path = Path(args.output_dir) / "eval_base.safetensors"
+        self.grids = Path(args.output_dir) / "validation"
+        self.base_scores: Scores | None = None
+        self.base_pictures: list[Image.Image] = []
+
+    def begin(self, step: int) -> None:
+        """Learn what the base does, or read what it did when the run began, and look at step 0."""
+        if self.accelerator.is_main_process:
+            truncate_metrics(self.rows_path, step)
+        if self.heldout is not None:
+            if step and self.base_path.exists():
+                self.base_scores = Scores.load(
+                    self.base_path, self.heldout.count, self.heldout.draws
+                )
+            else:
+                with self.base() as unet:
+                    self.base_scores = self.heldout.score(unet, self.text_encoders)
+                if self.accelerator.is_main_process:
+                    self.base_scores.save(self.base_path)
+        if self.painter is not None:
+            files = [self.grids / f"base-{i}.png" for i in range(len(self.painter.prompts))]
+            if step and all(file.exists() for file in files):
+                self.base_pictures = [Image.open(file) for file in files]
+            else:
+                self.base_pictures = self.paint(self.base)
+                if self.accelerator.is_main_process:
+                    self.grids.mkdir(exist_ok=True)
+                    for picture, file in zip(self.base_pictures, files, strict=True):
+                        write_image(picture, file)
+        if step == 0:
+            self.look(0)
+
+    def look(self, step: int, last: bool = False) -> None:
+        """Score and paint, as far as this step is one to do it at."""
+        if self.heldout is not None and (last or step % self.args.eval_steps == 0):
+            with self.now() as unet:
+                scores = self.heldout.score(unet, self.text_encoders)
+            assert self.base_scores is not None
+            row = HeldOut.row(scores, self.base_scores)
+            if self.accelerator.is_main_process:
+                append_metrics(self.rows_path, [{"step": step, **row}])
+            self.accelerator.log({f"eval/{name}": value for name, value in row.items()}, step=step)
+        if self.painter is not None and (last or step % self.args.validation_steps == 0):
+            columns = {"base": self.base_pictures}
+            if step:
+                columns[f"step {step}"] = self.paint(self.now)
+            if self.accelerator.is_main_process:
+                write_grid(columns, self.painter.prompts, self.grids / f"step-{step}.png")
+
+    def last_grid(self, step: int) -> list[Path]:
+        """The grid that was painted at this step, if one was."""
+        path = self.grids / f"step-{step}.png"
+        return [path] if path.exists() else []
+
+    def paint(self, model: Model) -> list[Image.Image]:
+        """The prompts as the model paints them: by one process, or where a model is in parts, by
+        all, who have to work together."""
+        assert self.painter is not None
+        with model() as unet:
+            pictures: list[Image.Image] = []
+            sharded = self.accelerator.distributed_type == DistributedType.FSDP
+            if sharded or self.accelerator.is_main_process:
+                bare = self.accelerator.unwrap_model(unet)
+                encoders = [self.accelerator.unwrap_model(each) for each in self.text_encoders]
+                pictures = self.painter.paint(bare, self.scheduler.config, encoders)
+            self.accelerator.wait_for_everyone()
+        return pictures

@@ -1,0 +1,95 @@
+"""Two processes train what one does: with copies of the model or parts of it, whole or LoRA."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytest.importorskip("diffusers")
+
+from curves import read_metrics
+from small_run import Train, argv, assert_same_weights
+
+HERE = Path(__file__).parent
+CONFIGS = HERE.parent / "examples" / "accelerate"
+# A larger epsilon keeps Adam from making a full step of a gradient that is but rounding.
+FLAGS: dict[str, Any] = {
+    "max_train_steps": 4,
+    "checkpointing_steps": 2,
+    "adam_epsilon": 1e-3,
+    "learning_rate": 1e-2,
+    "log_every": 1,
+}
+LORA: dict[str, Any] = {"lora_rank": 4, "loss": "dpo", "beta": 100}
+
+
+def fsdp_environment() -> dict[str, str]:
+    """What `accelerate launch` makes of the FSDP file that we ship."""
+    config = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())["fsdp_config"]
+    names = {"fsdp_transformer_layer_cls_to_wrap": "fsdp_transformer_cls_to_wrap"}
+    settings = {names.get(key, key).upper(): str(value) for key, value in config.items()}
+    return {"ACCELERATE_USE_FSDP": "true", **settings}
+
+
+def train_by_two(world: Path, folder: Path, sharded: bool = False, **flags: Any) -> Path:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(HERE / "launch_trainer.py"), *(["--fsdp"] if sharded else [])]
+    settings = fsdp_environment() if sharded else {}
+    environment = {**os.environ, **settings, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*command, *argv(world, folder, **flags)],
+        env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    assert_same_weights(one, two, rtol=1e-4, atol=1e-5)
+    for a, b in zip(*(read_metrics(f / "metrics.jsonl") for f in (one, two)), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_two_processes_train_what_one_does(
+    train: Train, world: Path, tmp_path: Path, kind: str, sharded: bool
+) -> None:
+    flags = FLAGS | (LORA if kind == "lora" else {})
+    one = train("one", train_batch_size=4, **flags)
+    two = train_by_two(world, tmp_path / "two", sharded, train_batch_size=2, **flags)
+    assert_same_run(one, two)
+
+    # From the checkpoint in the middle they end at the same place.
+    result = "pytorch_lora_weights.safetensors" if kind == "lora" else "pipeline"
+    again = tmp_path / "again"
+    shutil.copytree(two, again, ignore=shutil.ignore_patterns("checkpoint-4", result))
+    train_by_two(
+        world, again, sharded, train_batch_size=2, resume_from_checkpoint="latest", **flags
+    )
+    assert_same_weights(two, again)
+
+
+def test_one_process_goes_on_from_the_checkpoint_of_two(
+    train: Train, world: Path, tmp_path: Path
+) -> None:
+    two = train_by_two(world, tmp_path / "two", train_batch_size=2, use_ema=True, **FLAGS)
+    shutil.copytree(two, tmp_path / "one", ignore=shutil.ignore_patterns("checkpoint-4"))
+    flags = FLAGS | {"use_ema": True, "resume_from_checkpoint": "latest"}
+    assert_same_run(two, train("one", train_batch_size=4, **flags))
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2"])
+def test_accelerate_reads_our_configurations(name: str) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED"}
+    assert config.distributed_type == kinds[name]
