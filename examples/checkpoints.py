@@ -76,7 +76,11 @@ def written_aside(folder: Path, accelerator: Accelerator | None = None) -> Itera
         aside.mkdir(parents=True)
     if accelerator is not None:
         accelerator.wait_for_everyone()
-    yield aside
+    try:
+        yield aside
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)  # on a full disk it would stand in the way
+        raise
     if accelerator is not None:
         accelerator.wait_for_everyone()
     if is_main:

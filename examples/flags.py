@@ -227,6 +227,7 @@ def check_args(args: argparse.Namespace) -> None:
         ("latent_cache", "random_crop"),
         ("latent_cache", "streaming"),
         ("streaming", "aspect_buckets"),
+        ("streaming", "check_data"),
         ("streaming", "num_train_epochs"),
     ):
         if getattr(args, flag) and getattr(args, other):

@@ -129,6 +129,22 @@ def clip_or_skip(
     return norm, bad
 
 
+def check_sharding(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Raise a ValueError for what cannot be split over processes, and tell DeepSpeed what
+    accelerate would read from a loader of its own."""
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        for flag in ("use_ema", "train_text_encoder"):
+            if getattr(args, flag):
+                raise ValueError(f"--{flag} came with {kind.value}; need one process, or DDP "
+                                 "(examples/accelerate/ddp.yaml)")  # fmt: skip
+    if kind == DistributedType.DEEPSPEED:
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": args.train_batch_size,
+            "gradient_clipping": args.max_grad_norm,
+        }
+
+
 @contextmanager
 def averaged(
     ema: EMAModel | None, parameters: list[torch.nn.Parameter], model: torch.nn.Module

@@ -50,6 +50,7 @@ from policy import (
     EMA,
     add_lora,
     averaged,
+    check_sharding,
     clip_or_skip,
     keep_only_what_learns,
     make_optimizer,
@@ -94,6 +95,7 @@ def main(args: argparse.Namespace) -> None:
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
     )
+    check_sharding(args, accelerator)
     set_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if accelerator.is_main_process:

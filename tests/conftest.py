@@ -18,13 +18,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # tensors are tiny: more threads only wait for one another
 
 # `make gpu-check` runs where only torch and Triton need be; `make test` installs all of these.
+TRAINER = ("accelerate", "datasets", "diffusers", "matplotlib", "peft")
 NEEDS = {
-    "test_train_sdxl.py": ("diffusers", "datasets", "accelerate"),
-    "test_examples_data.py": ("diffusers", "datasets", "accelerate"),
+    **dict.fromkeys(
+        (
+            "test_bench_step.py", "test_examples_data.py", "test_generate.py", "test_heldout.py",
+            "test_latent_cache.py", "test_many_processes.py", "test_painting.py",
+            "test_pair_sources.py", "test_train_options.py", "test_train_sdxl.py",
+        ),
+        TRAINER,
+    ),
     "test_readme.py": ("diffusers",),
     "test_mismatch_study.py": ("sklearn", "matplotlib", "tqdm"),
     "test_packaging.py": ("kernels", "diffusers", "build"),
-}
+}  # fmt: skip
 
 
 def installed(name: str) -> bool:

@@ -16,8 +16,8 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "examples")]
 
-from flags import parse_args
-from train_sdxl import main
+from flags import parse_args  # noqa: E402
+from train_sdxl import main  # noqa: E402
 
 
 def shard_on_a_cpu() -> None:

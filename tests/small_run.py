@@ -18,6 +18,7 @@ from policy import LORA_FILE
 from tiny_sdxl import tiny_sdxl
 from train_sdxl import main
 
+ROOT = Path(__file__).parent.parent
 Train = Callable[..., Path]
 SCORES: dict[str, Any] = {"score_columns": ("score_0", "score_1")}
 
