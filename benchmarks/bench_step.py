@@ -26,11 +26,13 @@ import functools
 import gc
 import importlib.util
 import math
+import os
 import re
 import resource
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from multiprocessing import get_context
@@ -41,8 +43,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / name) for name in ("benchmarks", "examples", "kernels", "")]
+sys.path[:0] = [
+    str(Path(__file__).resolve().parents[1] / name)
+    for name in ("benchmarks", "examples", "kernels", "")
+]
 
 from bench_loss import RESULTS, append, environment
 from cases import DEVICE, GPU, PUBLISHED, synchronize
@@ -50,6 +54,8 @@ from objectives import Objective, add_loss_flags
 
 NEEDED = ("accelerate", "diffusers", "peft", "safetensors", "transformers")
 LACKING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # each process would warn of torchvision
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 if not LACKING:
     from accelerate import Accelerator
     from accelerate.utils import send_to_device
@@ -408,6 +414,8 @@ def told(connection: Connection, way: Way, args: argparse.Namespace) -> None:
         lines = str(error).splitlines() or [""]
         status = "out of memory" if short else f"failed: {type(error).__name__}: {lines[0]}"
         figures = {"status": status}
+        if not short:
+            traceback.print_exc()
     connection.send(figures)
 
 
@@ -541,7 +549,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--papers_optimizer", choices=["adamw", "8bit", "adafactor"], default="adamw",
          help="8bit: as MaPO's command; adafactor: as Diffusion-DPO's on SDXL")  # fmt: skip
     flag("--use_8bit_adam", action="store_true", help="ours; needs bitsandbytes")
-    flag("--max_minutes", type=float, default=10.0, help="ways that are not reached say so")
+    flag("--max_minutes", type=float, default=9.0, help="ways that are not reached say so")
     flag("--output_dir", type=Path, default=RESULTS)
     parser.set_defaults(**PRESETS[parser.parse_known_args(argv)[0].preset])
     parser.set_defaults(lora_alpha=None, learning_rate=1e-5, max_grad_norm=1.0, adam_beta1=0.9,
@@ -583,8 +591,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append(row_of(way, args, figures) | about)
         append(path, rows[-1:])
         print(line_of(rows[-1]), flush=True)
-    print("\nTargets:" if args.preset == "gpu" else
-          "\nTargets are for SDXL on a GPU; with tiny models these say nothing about them:")  # fmt: skip
+    print("\nTargets:" if args.preset == "gpu" else "\nTargets are for SDXL on a GPU; with tiny "
+          "models these say nothing about them:")  # fmt: skip
     for verdict in verdicts(rows):
         print(f"  {verdict}")
     for line in summary(rows):

@@ -57,11 +57,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def train(
     args: argparse.Namespace, source: Path, output_dir: Path, steps: int, *flags: str
 ) -> Path:
-    """Run the trainer, or go on with it, and return the pipeline it saved."""
+    """Run the trainer, or go on with it, and return the pipeline it saved.
+
+    All runs share a cache: they have the same pictures, VAE and text encoders.
+    """
+    data = Path(args.output_dir) / "data"
     settings = {
         "pretrained_model_name_or_path": source,
-        "dataset_name": Path(args.output_dir) / "data",
-        "cache_dir": Path(args.output_dir) / "data" / "cache",
+        "dataset_name": data,
+        "cache_dir": data / "cache",
+        "latent_cache": data / "latents",
+        "eval_split_name": "heldout",
+        "eval_steps": 100,
         "output_dir": output_dir,
         "resolution": SIZE,
         "train_batch_size": 12,

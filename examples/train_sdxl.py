@@ -167,13 +167,14 @@ def main(args: argparse.Namespace) -> None:
     unet.train()
 
     # How long to train.
+    count = 0 if pairs is None else len(pairs)  # nobody knows how long a stream is
     pairs_per_step = (
         args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     )
     if args.max_train_steps is not None:
         max_train_steps = args.max_train_steps
     elif args.num_train_epochs is not None:
-        max_train_steps = math.ceil(args.num_train_epochs * len(rows) / pairs_per_step)
+        max_train_steps = math.ceil(args.num_train_epochs * count / pairs_per_step)
     else:
         max_train_steps = 2000
 
@@ -200,7 +201,6 @@ def main(args: argparse.Namespace) -> None:
     keep_only_what_learns(accelerator)
 
     # Go on from a checkpoint: weights, optimizer, schedule, RNG, and the place in the data.
-    count = 0 if pairs is None else len(pairs)  # nobody knows how long a stream is
     state = {"step": 0, "pairs_seen": 0, "bad_in_row": 0, "pairs": count}
     checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
     if checkpoint is not None:

@@ -88,3 +88,15 @@ def assert_same_weights(a: Path, b: Path, **tolerance: Any) -> None:
             torch.testing.assert_close(first[name], second[name], **tolerance)
         else:
             assert first[name].equal(second[name]), name
+
+
+def seeing(world: Path) -> dict[str, Any]:
+    """Flags by which a run is looked at every second step."""
+    return {
+        "eval_dataset_name": world / "data",
+        "eval_split_name": "heldout",
+        "eval_steps": 2,
+        "validation_prompts": ("a cat", "a cup | of coffee"),
+        "validation_steps": 2,
+        "validation_inference_steps": 2,
+    }

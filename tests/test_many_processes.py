@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,12 @@ import yaml
 
 pytest.importorskip("diffusers")
 
+from accelerate.utils import DistributedType
+
 from curves import read_metrics
-from small_run import Train, argv, assert_same_weights
+from flags import parse_args
+from policy import check_sharding
+from small_run import Train, argv, assert_same_weights, seeing
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "examples" / "accelerate"
@@ -80,10 +85,25 @@ def test_two_processes_train_what_one_does(
 def test_one_process_goes_on_from_the_checkpoint_of_two(
     train: Train, world: Path, tmp_path: Path
 ) -> None:
-    two = train_by_two(world, tmp_path / "two", train_batch_size=2, use_ema=True, **FLAGS)
+    flags = {**FLAGS, **seeing(world), "use_ema": True, "latent_cache": tmp_path / "cache"}
+    two = train_by_two(world, tmp_path / "two", train_batch_size=2, **flags)
     shutil.copytree(two, tmp_path / "one", ignore=shutil.ignore_patterns("checkpoint-4"))
-    flags = FLAGS | {"use_ema": True, "resume_from_checkpoint": "latest"}
-    assert_same_run(two, train("one", train_batch_size=4, **flags))
+    one = train("one", train_batch_size=4, **flags, resume_from_checkpoint="latest")
+    assert_same_run(one, two)
+    for a, b in zip(*(read_metrics(f / "eval.jsonl") for f in (one, two)), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-3)
+    assert (two / "validation" / "step-4.png").exists()
+
+
+@pytest.mark.parametrize("flags", [{"use_ema": True}, {**LORA, "train_text_encoder": True}])
+def test_what_cannot_be_sharded_says_so(
+    world: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any]
+) -> None:
+    args = parse_args(argv(world, Path("run"), **flags))
+    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        accelerator = SimpleNamespace(distributed_type=kind)
+        with pytest.raises(ValueError, match=f"came with {kind.value}; need one process, or DDP"):
+            check_sharding(args, accelerator)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2"])

@@ -41,22 +41,10 @@ from objectives import LOSSES
 from photo_pairs import blur, load_photograph
 from policy import LORA_FILE
 from sdxl import min_snr_weight
-from small_run import ROOT, Train, argv, assert_same_weights, unet_of
+from small_run import ROOT, Train, argv, assert_same_weights, seeing, unet_of
 from tiny_sdxl import tiny_sdxl
 
 LORA: dict[str, Any] = {"lora_rank": 4, "learning_rate": 1e-2}
-SEEING: dict[str, Any] = {
-    "eval_dataset_name": "",  # filled in by `seeing`
-    "eval_split_name": "heldout",
-    "eval_steps": 2,
-    "validation_prompts": ("a cat", "a cup | of coffee"),
-    "validation_steps": 2,
-    "validation_inference_steps": 2,
-}
-
-
-def seeing(world: Path) -> dict[str, Any]:
-    return SEEING | {"eval_dataset_name": world / "data"}
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -392,8 +380,10 @@ def test_check_data_tells_and_trains_nothing(
 def test_the_cache_changes_nothing_but_the_work(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, beta: float
 ) -> None:
-    flags = {"loss": loss, "beta": beta, "max_train_steps": 4, "adam_epsilon": 1e-3, "learning_rate": 1e-2,
-             "proportion_empty_prompts": 0.3}  # fmt: skip
+    flags = {
+        "loss": loss, "beta": beta, "max_train_steps": 4, "adam_epsilon": 1e-3,
+        "learning_rate": 1e-2, "proportion_empty_prompts": 0.3,
+    }  # fmt: skip
     cached = flags | {"latent_cache": tmp_path / "cache", "latent_cache_dtype": "fp32"}
     plain, first = train("plain", **flags), train("first", **cached)
     for a, b in zip(metrics(plain), metrics(first), strict=True):
