@@ -8,6 +8,9 @@ downloaded. Batches are synthetic, and made before the clock starts: reading dat
 On a GPU the images have 1024 x 1024 pixels and all ways take some minutes; `--preset tiny`, all
 that a CPU can do, is a check that everything runs and says nothing about SDXL.
 
+A way is named by who, which loss and what is trained; "cache": latents and embeddings come from a
+latent cache; "keep": activations are kept, without gradient checkpointing.
+
 The papers' way: the VAE, in fp32, and both text encoders at every step; the loss as published, in
 eager PyTorch; AdamW as PyTorch makes it by default; for Diffusion-DPO, a second UNet in half
 precision. Their commands were thriftier in one thing: MaPO's had 8-bit Adam and Diffusion-DPO's, on
@@ -48,9 +51,9 @@ sys.path[:0] = [
     for name in ("benchmarks", "examples", "kernels", "")
 ]
 
-from bench_loss import RESULTS, append, environment
-from cases import DEVICE, GPU, PUBLISHED, synchronize
-from objectives import Objective, add_loss_flags
+from bench_loss import RESULTS, append, environment  # noqa: E402
+from cases import DEVICE, GPU, PUBLISHED, synchronize  # noqa: E402
+from objectives import Objective, add_loss_flags  # noqa: E402
 
 NEEDED = ("accelerate", "diffusers", "peft", "safetensors", "transformers")
 LACKING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -98,7 +101,7 @@ class Way(NamedTuple):
         return "-".join(parts)
 
 
-# The most telling first, should the time run out. "keep": all activations are kept.
+# The most telling first, should the time run out.
 CHOSEN = [
     way
     for loss in ("mapo", "dpo")
@@ -363,12 +366,12 @@ def loss_alone(job: Job, tensors: tuple[Tensor, ...]) -> float:
 
 
 def resident(field: str) -> float:
-    """GiB of this process: VmRSS now, or VmHWM, the most so far."""
+    """GiB of this process: VmRSS now, or VmHWM, the most so far (getrusage would begin with what
+    the starting process had)."""
     try:
         text = Path("/proc/self/status").read_text()
         return float(re.findall(rf"{field}:\s+(\d+) kB", text)[0]) * 1024 / GIB
     except (OSError, IndexError):
-        # Second best: on Linux this begins with what the starting process had.
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return most * (1 if sys.platform == "darwin" else 1024) / GIB
 

@@ -15,7 +15,8 @@ from datasets import Dataset
 from matplotlib import pyplot as plt
 
 from curves import save_figure
-from pair_data import PreferencePairs, Size
+from images import Size
+from pair_data import PreferencePairs
 from pair_sources import Refused, Survey, look_at, settle_ties
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)

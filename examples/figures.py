@@ -13,8 +13,8 @@ from PIL import Image
 
 from curves import BLUE, GREY, OCHRE, save_figure, tidy
 from heldout import Scores
+from images import open_image
 from painting import write_grid
-from pair_data import open_image
 
 
 def plot_scores(scores: dict[str, Scores], picture: Path) -> None:

@@ -20,11 +20,10 @@ import math
 import os
 import shutil
 import time
-import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import numpy as np
@@ -32,54 +31,42 @@ import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from pair_data import BadImage, fit, open_image, path_of, refuse
+from images import (
+    BadImage,
+    fit,
+    open_image,
+    path_of,
+    refuse,
+)
+from latent_shards import (
+    CAPTION_TENSORS,
+    IMAGE_TENSORS,
+    KEY_BYTES,
+    Index,
+    Keys,
+    Places,
+    ShardWriter,
+    as_keys,
+    digest,
+    firsts,
+    read_folder,
+    remove_abandoned,
+    sortable,
+)
 from sdxl import Encoders, encode_images, encode_prompts, tokenize
 
-Keys = npt.NDArray[np.uint8]  # (..., KEY_BYTES)
-Places = npt.NDArray[np.int32]  # (..., 2): shard and row; both -1 if an item is nowhere
-
-# In every key. Count up when pair_data.open_image or fit, or this file, changes what is stored.
+# In every key. Count up when images.open_image or fit, or this file, changes what is stored.
 FORMAT = 1
-KEY_BYTES = 16
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-IMAGE_TENSORS = ("keys", "mean", "std", "time_ids")
-CAPTION_TENSORS = ("keys", "prompts", "pooled")
 CENTRE = (0.5, 0.5)  # where a picture is cut: random crops are not cached
-SHARD_BYTES = 2**28
-FLUSH_BATCHES = 256  # so that a killed build loses little even where items are small
 CAPTION_BATCH = 64
 HASHED_ROWS = 8  # at a time, by a thread
-ASIDE, ABANDONED_SECONDS = ".tmp-", 3600
 PATIENCE = (0, 5, 60)  # seconds: a network folder may show late what others wrote
-
-
-def digest(*parts: bytes) -> bytes:
-    """What stands for `parts`, in a key's size."""
-    return hashlib.blake2b(b"".join(parts), digest_size=KEY_BYTES).digest()
-
-
-def as_keys(digests: Iterable[bytes]) -> Keys:
-    """Digests as an array (N, KEY_BYTES)."""
-    return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, KEY_BYTES)
-
-
-def sortable(keys: Keys) -> npt.NDArray[Any]:
-    """Keys (N, KEY_BYTES) as N scalars."""
-    return np.ascontiguousarray(keys).view(f"S{KEY_BYTES}")[:, 0]
-
-
-def firsts(keys: Keys) -> npt.NDArray[np.int64]:
-    """Where each key of `keys` (N, KEY_BYTES) occurs for the first time, in that order."""
-    return np.sort(np.unique(sortable(keys), return_index=True)[1])
-
-
-# What an item is computed from.
 
 
 def fingerprint(modules: Sequence[Any], dtype: torch.dtype, settings: Mapping[str, str]) -> bytes:
@@ -196,128 +183,6 @@ def caption_keys(texts: Sequence[str], encoders: Encoders, model: bytes) -> Keys
             for caption in zip(*ids, strict=True)
         ]
     return as_keys(keys)
-
-
-# What lies in the folder.
-
-
-class Index(NamedTuple):
-    """Where each key is."""
-
-    keys: npt.NDArray[Any]  # sortable and sorted
-    places: Places  # (len(keys), 2)
-
-    def find(self, keys: Keys) -> npt.NDArray[np.int64]:
-        """The rows of `places` that hold `keys` (..., KEY_BYTES); -1 for those that are nowhere."""
-        wanted = sortable(keys.reshape(-1, KEY_BYTES))
-        if not len(self.keys):
-            return np.full(keys.shape[:-1], -1)
-        at = np.searchsorted(self.keys, wanted)
-        at[at == len(self.keys)] = 0
-        return np.where(self.keys[at] == wanted, at, -1).reshape(keys.shape[:-1])
-
-
-class Folder(NamedTuple):
-    """What the shards of a folder hold."""
-
-    items: Index
-    paths: list[Path]
-    item_bytes: npt.NDArray[np.float64]  # of an item in each shard
-    unreadable: list[str]
-
-    def places(self, keys: Keys) -> Places:
-        """Shard and row of each of `keys`, (..., 2)."""
-        at = self.items.find(keys)
-        places = np.full((*at.shape, 2), -1, dtype=np.int32)
-        places[at >= 0] = self.items.places[at[at >= 0]]
-        return places
-
-    def unused(self, keys: Keys) -> tuple[int, int]:
-        """How many items, and bytes, of the folder are not of `keys`."""
-        of_others = np.ones(len(self.items.keys), dtype=bool)
-        at = self.items.find(keys)
-        of_others[at[at >= 0]] = False
-        shards = self.items.places[of_others, 0]
-        return len(shards), int(self.item_bytes[shards].sum())
-
-
-def read_folder(folder: Path) -> Folder:
-    """The keys of all whole shards in `folder`."""
-    paths, keys, item_bytes, unreadable = [], [as_keys([])], [], []
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt") as shard:
-                if sorted(shard.keys()) not in (sorted(IMAGE_TENSORS), sorted(CAPTION_TENSORS)):
-                    raise ValueError(f"it holds {sorted(shard.keys())}")
-                some = shard.get_tensor("keys").numpy().reshape(-1, KEY_BYTES)
-        except (SafetensorError, OSError, ValueError) as error:
-            unreadable.append(f"{path}: {error}")
-            continue
-        paths.append(path)
-        keys.append(some)
-        item_bytes.append(path.stat().st_size / max(1, len(some)))
-    counts = [len(some) for some in keys[1:]]
-    places = np.stack(
-        [
-            np.repeat(np.arange(len(counts)), counts),
-            np.concatenate([np.arange(0), *map(np.arange, counts)]),
-        ],
-        axis=-1,
-    ).astype(np.int32)
-    every = sortable(np.concatenate(keys))
-    order = np.argsort(every, kind="stable")
-    return Folder(
-        Index(every[order], places[order]), paths, np.array(item_bytes, dtype=float), unreadable
-    )
-
-
-def remove_abandoned(folder: Path) -> None:
-    """Delete what a build that was killed had begun to write; one that runs writes in seconds."""
-    for path in folder.glob(f"{ASIDE}*"):
-        if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
-            path.unlink(missing_ok=True)
-
-
-class ShardWriter:
-    """Gathers items of one kind and shape until they make a shard; leaving it writes the rest."""
-
-    def __init__(self, folder: Path, process: int) -> None:
-        self.folder, self.process = folder, process
-        self.kind, self.parts, self.bytes = "", list[dict[str, Tensor]](), 0
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:  # also when the build is interrupted
-        self.flush()
-
-    def add(self, kind: str, part: dict[str, Tensor]) -> None:
-        """Take items of `kind`: tensors with as many rows each."""
-        if kind != self.kind:
-            self.flush()
-        self.kind = kind
-        self.parts.append(part)
-        self.bytes += sum(values.nbytes for values in part.values())
-        if self.bytes >= SHARD_BYTES or len(self.parts) >= FLUSH_BATCHES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what there is, whole or not at all."""
-        parts, self.parts, self.bytes = self.parts, [], 0
-        if not parts:
-            return
-        shard = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        # By process and content: builds that run at once, or one after another, never clash.
-        content_hash = digest(shard["keys"].numpy().tobytes()).hex()
-        path = self.folder / f"{self.kind}-p{self.process}-{content_hash}.safetensors"
-        aside = self.folder / f"{ASIDE}{uuid.uuid4().hex}"
-        try:
-            save_file(shard, aside)
-            with aside.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
 
 
 def cache_size(

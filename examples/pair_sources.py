@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from pair_data import COLUMNS, BadImage, Size, nearest_buckets, open_image, read_size
+from images import BadImage, Size, open_image, read_size
+from pair_data import COLUMNS, nearest_buckets
 
 TIES = ("drop", "coin", "keep")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from images import Size
 from latent_cache import build_cache
-from pair_data import PairBatches, PreferencePairs, Size, StreamedPairs
+from pair_data import PairBatches, PreferencePairs, StreamedPairs
 from pair_sources import read_rows, settle_ties, survey
 from sdxl import VAE_DTYPES, Collator, Encoders
 

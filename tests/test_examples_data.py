@@ -25,18 +25,15 @@ pytest.importorskip("diffusers")
 
 from diffusers import StableDiffusionXLPipeline
 
+from images import BadImage, fit, open_image, read_size
 from pair_data import (
-    BadImage,
     PairBatches,
     PairStream,
     PreferencePairs,
     StreamedPairs,
     bucket_of,
     bucket_sizes,
-    fit,
     nearest_buckets,
-    open_image,
-    read_size,
 )
 from photo_pairs import (
     DEGRADATIONS,

@@ -27,8 +27,10 @@ from safetensors.torch import load_file
 from torch.multiprocessing.spawn import start_processes
 
 import latent_cache
+import latent_shards
+from images import BadImage, fit, open_image
 from latent_cache import CachedPairs, build_cache, cache_size, release
-from pair_data import BadImage, PreferencePairs, fit, open_image
+from pair_data import PreferencePairs
 from sdxl import Collator, Encoders, encode_images, encode_prompts, tokenize
 from tiny_sdxl import tiny_sdxl
 
@@ -306,8 +308,8 @@ def test_a_build_that_was_killed_outright_keeps_what_it_had_flushed(
         return counted(vae, pixels)
 
     with monkeypatch.context() as patch:
-        patch.setattr(latent_cache, "FLUSH_BATCHES", 2)
-        patch.setattr(latent_cache.ShardWriter, "__exit__", lambda *_: None)
+        patch.setattr(latent_shards, "FLUSH_BATCHES", 2)
+        patch.setattr(latent_shards.ShardWriter, "__exit__", lambda *_: None)
         patch.setattr(latent_cache, "encode_images", dying)
         with pytest.raises(RuntimeError, match="killed"):
             build()
@@ -338,7 +340,7 @@ def test_a_shard_that_is_not_whole_is_ignored_and_made_again(
 def test_items_in_many_shards_of_any_size_are_all_found(
     build: Build, encoders: Encoders, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(latent_cache, "SHARD_BYTES", 1)
+    monkeypatch.setattr(latent_shards, "SHARD_BYTES", 1)
     cached = build(batch_size=1)
     assert len(list((tmp_path / "cache").iterdir())) == IMAGES + 1
     assert_reads_as_encoded(cached, encoders, rtol=2e-6)
@@ -462,7 +464,7 @@ def test_a_folder_that_others_do_not_see_is_an_error(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(latent_cache, "PATIENCE", (0, 0))
-    monkeypatch.setattr(latent_cache.ShardWriter, "flush", lambda _: None)
+    monkeypatch.setattr(latent_shards.ShardWriter, "flush", lambda _: None)
     with pytest.raises(ValueError, match="row 0, column jpg_0 is in none of its 0 shards"):
         build()
 
@@ -473,7 +475,7 @@ def test_shards_that_appear_late_are_waited_for(
     """As those of other machines do in a folder on the network."""
     build()
     (tmp_path / "cache").rename(tmp_path / "elsewhere")
-    monkeypatch.setattr(latent_cache.ShardWriter, "flush", lambda _: None)
+    monkeypatch.setattr(latent_shards.ShardWriter, "flush", lambda _: None)
 
     def sleep(seconds: float) -> None:
         if seconds:

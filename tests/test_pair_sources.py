@@ -19,13 +19,13 @@ from PIL import Image
 pytest.importorskip("diffusers")
 
 from check_data import check_data
+from images import open_image
 from pair_data import (
     PairBatches,
     PreferencePairs,
     StreamedPairs,
     bucket_sizes,
     nearest_buckets,
-    open_image,
 )
 from pair_sources import load_pairs, read_rows, settle_ties, survey
 from photo_pairs import load_photograph
