@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/ready
 INSTALL := $(VENV)/bin/python -m pip install --quiet --constraint .ci/constraints.txt
 
-.PHONY: demo test lint study bench gpu-check
+.PHONY: demo test lint study bench gpu-check gpu-step
 
 demo: $(READY)
 	$(VENV)/bin/python examples/demo.py --output_dir demo
@@ -46,6 +46,11 @@ gpu-check:
 		|| exit 1; done; else echo "compute-sanitizer is not there" | tee $(OUT)/sanitizer.log; fi
 	$(PYTHON) benchmarks/bench_loss.py --preset full --rounds 10 --output_dir $(OUT)
 	$(PYTHON) benchmarks/report.py $(OUT)/*.csv
+
+# A training step of the real SDXL, in ten minutes: needs diffusers, transformers, accelerate, peft.
+gpu-step: export PYTHONPATH := .:kernels
+gpu-step:
+	$(PYTHON) benchmarks/bench_step.py --preset gpu --output_dir $(OUT)
 
 # torch comes first, by itself, so that nothing else can pull in another build of it.
 $(READY): pyproject.toml .ci/constraints.txt

@@ -152,7 +152,10 @@ def main(args: argparse.Namespace) -> None:
     # Half of the labels flipped and no margin: plain denoising of photographs and losers alike.
     base = train(args, model, folder / "base", args.base_steps,
                  "--loss", "sft", "--label_noise_prob", "0.5")  # fmt: skip
-    pipelines = {"base": base, "MaPO": train(args, base, folder, args.max_train_steps)}
+    captions = list(dict.fromkeys(heldout["caption"]))
+    painted = ["--validation_prompts", *captions, "--validation_steps", "300"]
+    mapo = train(args, base, folder, args.max_train_steps, *painted)
+    pipelines = {"base": base, "MaPO": mapo}
     # The same run on labels that say nothing: what rises here too does not come from preference.
     pipelines["shuffled labels"] = train(
         args, base, folder / "shuffled", args.max_train_steps, "--label_noise_prob", "0.5"
@@ -172,7 +175,8 @@ def main(args: argparse.Namespace) -> None:
         "with the smaller error;\n± = standard error over pairs; change = paired with the base.\n"
         "A model this small paints texture rather than pictures: in grid.png before and after "
         "differ little;\nthe table and scores.png show what was learned.\n"
-        f"{folder}/ holds pipeline, checkpoint-*, curves.png, scores.png, grid.png and table.txt "
+        f"{folder}/ holds pipeline, checkpoint-*, curves.png (held-out pairs in it), scores.png, "
+        f"grid.png, validation/ and table.txt "
         f"({time.monotonic() - began:.0f} s)."
     )
 

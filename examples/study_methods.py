@@ -40,6 +40,11 @@ class Method(NamedTuple):
     fixed: Mapping[str, Any] = MappingProxyType({})
     from_rewards: Callable[[Rewards], dict[str, Tensor]] | None = None
 
+    @property
+    def is_dpo(self) -> bool:
+        """It compares with a reference, and nothing else holds the winner."""
+        return self.needs_ref and "sft_weight" not in self.fixed
+
 
 def points(name: str, *pairs: tuple[float, float]) -> list[Setting]:
     """Settings from pairs of a learning rate and a value of the hyper-parameter."""
