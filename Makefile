@@ -26,6 +26,7 @@ bench: $(READY)
 	$(VENV)/bin/python benchmarks/bench_loss.py
 	$(VENV)/bin/python benchmarks/host_cost.py
 	$(VENV)/bin/python benchmarks/recompilations.py
+	$(VENV)/bin/python benchmarks/bench_step.py
 	$(VENV)/bin/python benchmarks/report.py
 
 # On a machine with a GPU and its own Python, with torch, triton, pytest, hypothesis, numpy, mpmath
