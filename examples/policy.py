@@ -139,10 +139,20 @@ def check_sharding(args: argparse.Namespace, accelerator: Accelerator) -> None:
                 raise ValueError(f"--{flag} came with {kind.value}; need one process, or DDP "
                                  "(examples/accelerate/ddp.yaml)")  # fmt: skip
     if kind == DistributedType.DEEPSPEED:
-        accelerator.state.deepspeed_plugin.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": args.train_batch_size,
-            "gradient_clipping": args.max_grad_norm,
-        }
+        if args.mixed_precision == "fp16":
+            raise ValueError("--mixed_precision is fp16 with DeepSpeed; need bf16 or no")
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+        config["gradient_clipping"] = args.max_grad_norm
+        if args.mixed_precision == "bf16":
+            # Its own bf16 makes the weights bf16; autocast leaves them in fp32, as elsewhere, and
+            # with [] gradients are summed in fp32 too.
+            config.pop("bf16", None)
+            config["torch_autocast"] = {
+                "enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": [],
+            }  # fmt: skip
+            accelerator.native_amp = True
+            torch.set_autocast_dtype(accelerator.device.type, torch.bfloat16)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "examples")]
@@ -20,25 +20,31 @@ from flags import parse_args  # noqa: E402
 from train_sdxl import main  # noqa: E402
 
 
-def shard_on_a_cpu() -> None:
-    """Let accelerate shard as examples/accelerate/fsdp2.yaml says, which it does on GPUs only."""
+def shard_on_a_cpu(kind: str) -> None:
+    """Let accelerate shard as the environment says, which by itself it does on GPUs only."""
     begin = AcceleratorState.__init__
 
     def begin_sharded(self: AcceleratorState, *args: Any, **named: Any) -> None:
-        plugin = named.pop("fsdp_plugin", None)
+        plugin = named.pop(f"{kind}_plugin", None)
         begin(self, *args, **named)
         if plugin is not None:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.distributed_type = DistributedType(kind.upper())
+            PartialState._shared_state["distributed_type"] = self.distributed_type
+            if kind == "fsdp":
+                self.fsdp_plugin = plugin
+            else:
+                plugin.set_mixed_precision(self._mixed_precision)
+                plugin.select(_from_accelerator_state=True)
+                self.deepspeed_plugins = plugin
+                self._mixed_precision = "no"  # as accelerate has it: DeepSpeed sees to that
 
     AcceleratorState.__init__ = begin_sharded
-    assert FullyShardedDataParallelPlugin().fsdp_version == 2
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     words = sys.argv[1:]
-    if "--fsdp" in words:
-        words.remove("--fsdp")
-        shard_on_a_cpu()
+    if words[0] == "--by":
+        shard_on_a_cpu(words[1])
+        words = words[2:]
     main(parse_args(words))

@@ -35,19 +35,24 @@ FLAGS: dict[str, Any] = {
 LORA: dict[str, Any] = {"lora_rank": 4, "loss": "dpo", "beta": 100}
 
 
-def fsdp_environment() -> dict[str, str]:
-    """What `accelerate launch` makes of the FSDP file that we ship."""
-    config = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())["fsdp_config"]
-    names = {"fsdp_transformer_layer_cls_to_wrap": "fsdp_transformer_cls_to_wrap"}
-    settings = {names.get(key, key).upper(): str(value) for key, value in config.items()}
-    return {"ACCELERATE_USE_FSDP": "true", **settings}
+def sharding(kind: str | None) -> dict[str, str]:
+    """What `accelerate launch` makes of the files that we ship."""
+    if kind == "fsdp":
+        config = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())["fsdp_config"]
+        names = {"fsdp_transformer_layer_cls_to_wrap": "fsdp_transformer_cls_to_wrap"}
+        settings = {names.get(key, key).upper(): str(value) for key, value in config.items()}
+        return {"ACCELERATE_USE_FSDP": "true", **settings}
+    if kind == "deepspeed":
+        config = yaml.safe_load((CONFIGS / "zero2.yaml").read_text())["deepspeed_config"]
+        settings = {f"ACCELERATE_DEEPSPEED_{key}".upper(): str(v) for key, v in config.items()}
+        return {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu", **settings}
+    return {}
 
 
-def train_by_two(world: Path, folder: Path, sharded: bool = False, **flags: Any) -> Path:
+def train_by_two(world: Path, folder: Path, by: str | None = None, **flags: Any) -> Path:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(HERE / "launch_trainer.py"), *(["--fsdp"] if sharded else [])]
-    settings = fsdp_environment() if sharded else {}
-    environment = {**os.environ, **settings, "ACCELERATE_USE_CPU": "true"}
+    command += [str(HERE / "launch_trainer.py"), *(["--by", by] if by else [])]
+    environment = {**os.environ, **sharding(by), "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [*command, *argv(world, folder, **flags)],
         env=environment, capture_output=True, text=True, timeout=240,
@@ -62,23 +67,23 @@ def assert_same_run(one: Path, two: Path) -> None:
         assert a == pytest.approx(b, rel=1e-3, abs=1e-3)
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("by", [None, "fsdp", "deepspeed"])
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_two_processes_train_what_one_does(
-    train: Train, world: Path, tmp_path: Path, kind: str, sharded: bool
+    train: Train, world: Path, tmp_path: Path, kind: str, by: str | None
 ) -> None:
+    if by == "deepspeed":
+        pytest.importorskip("deepspeed")
     flags = FLAGS | (LORA if kind == "lora" else {})
     one = train("one", train_batch_size=4, **flags)
-    two = train_by_two(world, tmp_path / "two", sharded, train_batch_size=2, **flags)
+    two = train_by_two(world, tmp_path / "two", by, train_batch_size=2, **flags)
     assert_same_run(one, two)
 
     # From the checkpoint in the middle they end at the same place.
     result = "pytorch_lora_weights.safetensors" if kind == "lora" else "pipeline"
     again = tmp_path / "again"
     shutil.copytree(two, again, ignore=shutil.ignore_patterns("checkpoint-4", result))
-    train_by_two(
-        world, again, sharded, train_batch_size=2, resume_from_checkpoint="latest", **flags
-    )
+    train_by_two(world, again, by, train_batch_size=2, resume_from_checkpoint="latest", **flags)
     assert_same_weights(two, again)
 
 
