@@ -187,12 +187,8 @@ def keep_only_what_learns(accelerator: Accelerator) -> None:
         return
 
     def learned(model: torch.nn.Module) -> dict[str, Tensor]:
-        model = accelerator.unwrap_model(model)
-        state, names = (
-            model.state_dict(),
-            {n for n, p in model.named_parameters() if p.requires_grad},
-        )
-        return {name: state[name].contiguous() for name in state if name in names}
+        parameters = accelerator.unwrap_model(model).named_parameters()
+        return {name: p.detach().contiguous() for name, p in parameters if p.requires_grad}
 
     def save(models: list[Any], weights: list[Any], folder: str) -> None:
         if accelerator.is_main_process:
