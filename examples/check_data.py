@@ -52,8 +52,7 @@ def check_data(
     lines = [
         f"rows: {len(rows)}",
         f"ties: {(labels == 0.5).sum()}, {SETTLED[ties]} (--ties {ties})",
-        f"refused: {refused} of {len(settled)} pairs ({refused / len(settled):.2%})"
-        + (", rows counted without the ties" if len(settled) < len(rows) else ""),
+        f"refused: {refused} of {len(settled)} pairs ({refused / len(settled):.2%})",
         *tell_refused(found.refused),
         f"pairs to train on: {len(found.rows)}",
     ]

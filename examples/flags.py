@@ -75,7 +75,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--max_train_samples", type=int, metavar="N", help="use the first N pairs only")
     flag("--resolution", type=int, nargs="+", default=[1024], metavar="SIDE",
          help="images are resized to cover a square of this side, keeping the aspect, and the "
-         "square is cut (MaPO); of several, a pair gets the largest that enlarges neither image")
+         "square is cut (MaPO); of several, a pair gets the largest that enlarges neither image, "
+         "and grids are painted at the first")
     flag("--aspect_buckets", action=argparse.BooleanOptionalAction, default=False,
          help="cut a rectangle of about the same area that is nearest to the pair's aspects, "
          "instead of a square; a batch holds pairs of one rectangle")
@@ -125,14 +126,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--seed", type=int, default=0, help="the same seed gives the same run")
 
     flag = parser.add_argument_group("memory and precision").add_argument
-    flag("--mixed_precision", choices=list(DTYPES), default="no",
-         help="the UNet's computation; its weights stay fp32 (MaPO used fp16)")
+    flag("--mixed_precision", choices=list(DTYPES),
+         help="of the computation, and of all that is frozen; what learns stays fp32 (MaPO used "
+         "fp16) [what accelerate is configured for]")
     flag("--vae_dtype", choices=list(VAE_DTYPES), default="fp32",
          help="SDXL's own VAE overflows in fp16")
     flag("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False,
          help="compute activations twice to store fewer (MaPO used it)")
     flag("--allow_tf32", action=argparse.BooleanOptionalAction, default=False,
-         help="fp32 matrix products in TF32, on GPUs that have it")
+         help="fp32 matrix products and convolutions in TF32, on GPUs that have it")
     flag("--torch_compile", action=argparse.BooleanOptionalAction, default=False,
          help="compile the UNet's transformer blocks; worth its minute from some hundred steps on")
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,11 +13,9 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fastpref
-from curves import written_whole
 from pair_data import PreferencePairs
 from sdxl import Collator, Encoders, encode_images, encode_prompts, noisy_pairs
 
@@ -67,23 +64,6 @@ class Scores:
     def gain(self, before: Scores) -> tuple[float, float]:
         """Change of accuracy since `before` and its standard error, pair against pair."""
         return mean_and_error(self.wins() - before.wins())
-
-    def save(self, path: Path) -> None:
-        """Write the scores as safetensors, whole or not at all."""
-        columns = {field.name: getattr(self, field.name).contiguous() for field in fields(self)}
-        with written_whole(path) as aside:
-            save_file(columns, aside)
-
-    @classmethod
-    def load(cls, path: Path, pairs: int, draws: int) -> Scores:
-        """Read the scores of so many pairs and draws; a ValueError where others were saved."""
-        scores = cls(**load_file(path))
-        if scores.mse_w.shape != (pairs, draws):
-            raise ValueError(
-                f"{path} holds scores of {' pairs x '.join(map(str, scores.mse_w.shape))} draws; "
-                f"need {pairs} pairs x {draws} draws: those that this run holds out"
-            )
-        return scores
 
 
 @contextmanager

@@ -24,6 +24,7 @@ class Journal:
         self.accelerator, self.path, self.progress = accelerator, path, progress
         self.step = step  # the last one that ended
         self.bad_in_row = bad_in_row  # steps skipped in a row, up to the last one that was read
+        self.longest = 0  # of the rows of skipped steps that were read
         self.skipped = 0  # steps skipped of those that were read
         self.names: list[str] = []
         self.parts: list[Tensor] = []  # of the micro-batches of this step
@@ -61,6 +62,7 @@ class Journal:
             append_metrics(self.path, rows)
         for row in rows:
             self.bad_in_row = self.bad_in_row + 1 if row["skipped"] else 0
+            self.longest = max(self.longest, self.bad_in_row)
             self.skipped += bool(row["skipped"])
             self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
         shown = {name: f"{rows[-1][name]:.3g}" for name in SHOWN}

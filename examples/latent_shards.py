@@ -48,9 +48,6 @@ def firsts(keys: Keys) -> npt.NDArray[np.int64]:
     return np.sort(np.unique(sortable(keys), return_index=True)[1])
 
 
-# What an item is computed from.
-
-
 class Index(NamedTuple):
     """Where each key is."""
 

@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from curves import read_metrics, written_whole
 
 # Of a run's folder: what serves to go on with it, and not to use what came out.
-NOT_PUSHED = ("checkpoint-*", "logs/*", "eval_base.safetensors", "refused.txt", ".*", "*/.*")
+NOT_PUSHED = ("checkpoint-*", "logs/*", "refused.txt", ".*", "*/.*")
 # Of a run's flags: where it lay on a machine, and what is nobody's business.
 NOT_TOLD = ("output_dir", "cache_dir", "resume_from_checkpoint", "report_to")
 MARKDOWN = str.maketrans({character: f"\\{character}" for character in "\\`*_[]<>|#$~"})

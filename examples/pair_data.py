@@ -20,6 +20,7 @@ from torch.utils.data import Sampler, get_worker_info
 from images import BadImage, Size, fit, open_image
 
 COLUMNS = ("jpg_0", "jpg_1", "label_0", "caption")
+ROW = "source_row"  # a row's number where it comes from, if something may have been left out since
 MAX_ENLARGEMENT = 1.05  # what an image may be scaled up by before a lower resolution is taken
 ATTEMPTS = 20  # bad pairs in a row before a run gives up
 # (epoch, index): all that the randomness of a sample depends on, with the seed
@@ -151,24 +152,28 @@ class PairMaker:
         window = (u, v) if self.random_crop else (0.5, 0.5)
         mirror = bool(self.random_flip and mirror < 0.5)
         winner = int((row["label_0"] == 1) == flip_label)
+        number = row.get(ROW, index)
         pair: dict[str, Any] = {"seed": int(rng.integers(2**63))}
         for side, i in (("w", winner), ("l", 1 - winner)):
             if self.cached is not None:
-                encoded = self.cached.image(index, i, mirror)
+                try:
+                    encoded = self.cached.image(index, i, mirror)
+                except BadImage as bad:
+                    raise BadImage(f"row {number}, column jpg_{i}", bad.reason) from bad
                 pair |= {f"{name}_{side}": encoded[name] for name in ("mean", "std", "time_ids")}
             else:
-                image = open_image(row[f"jpg_{i}"], f"row {index}, column jpg_{i}")
+                image = open_image(row[f"jpg_{i}"], f"row {number}, column jpg_{i}")
                 pair[f"pixels_{side}"], pair[f"time_ids_{side}"] = fit(image, size, window, mirror)
             if self.score_columns is not None:
                 column = self.score_columns[i]
-                pair[f"score_{side}"] = read_number(row[column], f"row {index}, column {column}")
+                pair[f"score_{side}"] = read_number(row[column], f"row {number}, column {column}")
         if self.sign_column is not None:
-            where = f"row {index}, column {self.sign_column}"
+            where = f"row {number}, column {self.sign_column}"
             pair["sign"] = read_number(row[self.sign_column], where)
         columns = ["caption"]
         if self.loser_caption_column is not None:
             columns.append(self.loser_caption_column)
-        captions = [read_text(row[column], f"row {index}, column {column}") for column in columns]
+        captions = [read_text(row[column], f"row {number}, column {column}") for column in columns]
         if flip_label:  # a caption stays with its image, as a score does
             captions.reverse()
         if drop < self.proportion_empty_prompts:
@@ -205,7 +210,8 @@ class PreferencePairs(PairMaker, torch.utils.data.Dataset[dict[str, Any]]):
                 f"buckets are those of {len(self.buckets)} rows; need one for each of "
                 f"{len(self.rows)}"
             )
-        self.rows = self.rows.select_columns(self.columns())
+        known = [ROW] if ROW in self.rows.column_names else []
+        self.rows = self.rows.select_columns([*self.columns(), *known])
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from images import BadImage, Size, open_image, read_size
-from pair_data import COLUMNS, nearest_buckets
+from pair_data import COLUMNS, ROW, nearest_buckets
 
 TIES = ("drop", "coin", "keep")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
@@ -82,9 +82,19 @@ def read_rows(
         rows = read_stored(path, dataset_name, split, cache_dir, streaming)
         names[caption_column] = "caption"
     rows = rename(rows, names, extra_columns, dataset_name)
+    if isinstance(rows, Dataset) and ROW not in rows.column_names:
+        rows = rows.add_column(ROW, np.arange(len(rows)))  # for messages, whatever is left out
     if streaming and isinstance(rows, Dataset):
         rows = rows.to_iterable_dataset()
     return rows
+
+
+def has_splits(dataset_name: str) -> bool:
+    """Whether `split` makes a difference to what `read_rows` reads."""
+    path = Path(dataset_name).expanduser()
+    if (path / "w").is_dir() or (path / "state.json").is_file():
+        return False
+    return path.is_dir() or not path.exists()
 
 
 def read_stored(
@@ -396,7 +406,8 @@ class Chunks(torch.utils.data.Dataset[tuple[NDArray[np.int64], list[Refused]]]):
 
     def __init__(self, rows: Dataset, whole: NDArray[np.bool_]) -> None:
         # In Arrow's own form, for a header touches only the first page of an image's bytes.
-        self.rows = rows.select_columns(["jpg_0", "jpg_1"]).with_format("arrow")
+        names = [ROW] if ROW in rows.column_names else []
+        self.rows = rows.select_columns(["jpg_0", "jpg_1", *names]).with_format("arrow")
         self.whole = whole
 
     def __len__(self) -> int:
@@ -406,11 +417,14 @@ class Chunks(torch.utils.data.Dataset[tuple[NDArray[np.int64], list[Refused]]]):
         first = chunk * self.length
         table = self.rows[first : min(first + self.length, len(self.whole))]
         found, refused = np.zeros((len(table), 2, 2), dtype=np.int64), []
+        numbers = (
+            table[ROW].to_pylist() if ROW in table.column_names else range(first, len(self.whole))
+        )
         for side in (0, 1):
             column = f"jpg_{side}"
             for i, cell in enumerate(table[column]):
                 row = first + i
-                where = f"row {row}, column {column}"
+                where = f"row {numbers[i]}, column {column}"
                 try:
                     if self.whole[row]:
                         found[i, side] = open_image(content(cell).as_py(), where).size[::-1]

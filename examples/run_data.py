@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from images import Size
 from latent_cache import build_cache
 from pair_data import PairBatches, PreferencePairs, StreamedPairs
-from pair_sources import read_rows, settle_ties, survey
+from pair_sources import has_splits, read_rows, settle_ties, survey
 from sdxl import VAE_DTYPES, Collator, Encoders
 
 Rows: TypeAlias = Dataset | IterableDataset
@@ -35,26 +35,35 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def all_rows(args: argparse.Namespace, name: str, split: str, streaming: bool = False) -> Rows:
+def all_rows(
+    args: argparse.Namespace, name: str, split: str, extra: Sequence[str | None] = (),
+    streaming: bool = False,
+) -> Rows:  # fmt: skip
     """The rows of a data set, ties and all."""
-    extra = [args.loser_caption_column, *(args.score_columns or ()), args.sign_column]
     return read_rows(
-        name, split, args.cache_dir, [column for column in extra if column],
+        name, split, args.cache_dir,
+        [column for column in (args.loser_caption_column, *extra) if column],
         image_columns=args.image_columns, label_column=args.label_column,
         caption_column=args.caption_column, streaming=streaming,
     )  # fmt: skip
 
 
-def train_rows(args: argparse.Namespace) -> Rows:
+def train_rows(args: argparse.Namespace, ties_too: bool = False) -> Rows:
     """The rows to train on."""
-    rows = all_rows(args, args.dataset_name, args.dataset_split_name, args.streaming)
-    return settle_ties(rows, args.ties, args.seed, args.max_train_samples)
+    extra = [*(args.score_columns or ()), args.sign_column]
+    rows = all_rows(args, args.dataset_name, args.dataset_split_name, extra, args.streaming)
+    return rows if ties_too else settle_ties(rows, args.ties, args.seed, args.max_train_samples)
 
 
 def heldout_rows(args: argparse.Namespace) -> Rows | None:
     """The rows to score, if the flags name any."""
     if not args.eval_dataset_name and not args.eval_split_name:
         return None
+    if not args.eval_dataset_name and not has_splits(args.dataset_name):
+        raise ValueError(
+            f"--eval_split_name is {args.eval_split_name}, but --dataset_name {args.dataset_name} "
+            "has no splits; need --eval_dataset_name, with pairs that are not trained on"
+        )
     name, split = args.eval_dataset_name or args.dataset_name, args.eval_split_name or "validation"
     return settle_ties(all_rows(args, name, split), args.ties, args.seed, args.max_eval_samples)
 
@@ -131,9 +140,14 @@ def usable(
     return rows, buckets
 
 
-def tell_refused(args: argparse.Namespace, lines: Sequence[str]) -> None:
+def tell_refused(args: argparse.Namespace, lines: Sequence[str], anew: bool = False) -> None:
     """Say which images are left out: on the screen how many, in refused.txt which and why."""
-    if lines:
-        tqdm.write(f"{len(lines)} images refused, such as {lines[0]}; all are in refused.txt")
-        with (Path(args.output_dir) / "refused.txt").open("a") as file:
-            file.writelines(f"{line}\n" for line in lines)
+    path = Path(args.output_dir) / "refused.txt"
+    if anew:
+        path.unlink(missing_ok=True)
+    known = set(path.read_text().splitlines()) if lines and path.exists() else set()
+    new = [line for line in dict.fromkeys(lines) if line not in known]
+    if new:
+        tqdm.write(f"{len(new)} images refused, such as {new[0]}; all are in {path}")
+        with path.open("a") as file:
+            file.writelines(f"{line}\n" for line in new)

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjecti
 from objectives import INVERSIONS, inversion_options
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+VAE_BATCH = 4  # images that the VAE sees at a time: at 1024 x 1024 each takes gigabytes
 VAE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -74,6 +75,14 @@ def load_scheduler(args: argparse.Namespace) -> DDPMScheduler:
     return scheduler
 
 
+def load_unet(args: argparse.Namespace) -> UNet2DConditionModel:
+    """The UNet that the flags name, in fp32."""
+    return UNet2DConditionModel.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="unet", torch_dtype=torch.float32,
+        revision=args.revision, variant=args.variant, cache_dir=args.cache_dir,
+    )  # fmt: skip
+
+
 def side_factor(args: argparse.Namespace) -> int:
     """What the sides of an image must be multiples of, to halve evenly to the UNet's middle: read
     from the configurations alone."""
@@ -116,9 +125,12 @@ def encode_prompts(
 def encode_images(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the latents of `pixels` (N, 3, H, W) in [-1, 1]: fp32, in the
     UNet's units."""
-    posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
-    scale = vae.config.scaling_factor
-    return posterior.mean.float() * scale, posterior.std.float() * scale
+    posteriors = [vae.encode(part.to(vae.dtype)).latent_dist for part in pixels.split(VAE_BATCH)]
+    mean, std = (
+        torch.cat([getattr(posterior, name) for posterior in posteriors]).float()
+        for name in ("mean", "std")
+    )
+    return mean * vae.config.scaling_factor, std * vae.config.scaling_factor
 
 
 class Draws(NamedTuple):
@@ -241,9 +253,12 @@ def inverted_pairs(
     seeds: list[int],
 ) -> tuple[Tensor, Tensor]:
     """As `noisy_pairs`, but each image's noise is the one that `unet` itself finds in it: noisy
-    latents and targets, (2B, ...) both, at the pair's timestep."""
+    latents and targets, (2B, ...) both, at the pair's timestep.
+
+    `timesteps` and what `scheduler` holds are best on the host, where they are looked at.
+    """
     options = inversion_options(args)
-    if args.inversion_eta:  # of a stream that draw_noise has not drawn from
+    if args.inversion_eta:  # of a stream that Draws has not drawn from
         options["generator"] = torch.Generator().manual_seed(seeds[0] + 1)
 
     def model(x: Tensor, t: Tensor) -> Tensor:

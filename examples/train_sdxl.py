@@ -6,24 +6,30 @@
 
 All that is random about a pair (crop, flip, noise, timestep) is drawn from the seed, the epoch and
 the pair's index, so a run does not depend on workers, batch layout, or having been interrupted.
-(One exception: the fresh noise of --inversion_eta depends on the batch layout.)
+(Two exceptions: --inversion_eta draws by batch, and --aspect_buckets fills batches by size.)
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import itertools
 import json
 import math
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, send_to_device, set_seed
-from diffusers import UNet2DConditionModel
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    send_to_device,
+    set_seed,
+)
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
@@ -60,7 +66,6 @@ from policy import (
     without_adapters,
 )
 from run_data import (
-    all_rows,
     heldout_rows,
     make_loader,
     make_pairs,
@@ -78,6 +83,7 @@ from sdxl import (
     latents_of,
     load_encoders,
     load_scheduler,
+    load_unet,
     load_vae,
     min_snr_weight,
     noisy_pairs,
@@ -92,12 +98,16 @@ def main(args: argparse.Namespace) -> None:
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
+        # One process looks through the data and paints while the others wait: by default, minutes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
     )
+    args.mixed_precision = accelerator.mixed_precision
     check_sharding(args, accelerator)
     set_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    torch.backends.cudnn.allow_tf32 = args.allow_tf32
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(output_dir)
@@ -105,15 +115,19 @@ def main(args: argparse.Namespace) -> None:
 
     # Data.
     scheduler = load_scheduler(args)
+    scheduler_on_host = copy.deepcopy(scheduler)  # the other one follows the latents
     factor = side_factor(args)
     check_resolutions(args.resolution, factor)
     sizes = bucket_sizes(args.resolution, factor, args.aspect_buckets)
     if args.check_data:
-        rows = all_rows(args, args.dataset_name, args.dataset_split_name)
+        rows = train_rows(args, ties_too=True)
         workers = args.dataloader_num_workers
-        print(check_data(rows, sizes, output_dir, ties=args.ties, workers=workers,
-                         max_samples=args.max_train_samples, **options(args)))  # fmt: skip
+        if accelerator.is_main_process:
+            print(check_data(rows, sizes, output_dir, ties=args.ties, workers=workers,
+                             max_samples=args.max_train_samples, **options(args)))  # fmt: skip
         return
+    if accelerator.is_main_process:
+        tell_refused(args, [], anew=True)
     with accelerator.main_process_first():
         rows, rows_heldout = train_rows(args), heldout_rows(args)
 
@@ -148,10 +162,7 @@ def main(args: argparse.Namespace) -> None:
         release(vae, *([] if args.train_text_encoder else text_encoders))
 
     # The model. The UNet learns, in fp32, or adapters do; what is frozen is kept in less.
-    unet = UNet2DConditionModel.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="unet", torch_dtype=torch.float32,
-        revision=args.revision, variant=args.variant, cache_dir=args.cache_dir,
-    )  # fmt: skip
+    unet = load_unet(args)
     objective = Objective(args, scheduler.config.num_train_timesteps)
     frozen = None
     if args.lora_rank:
@@ -163,6 +174,8 @@ def main(args: argparse.Namespace) -> None:
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.torch_compile:
+        # Widths, training and not, adapters on and off: more variants than it allows by default.
+        torch._dynamo.config.cache_size_limit = 64
         unet.compile_repeated_blocks()
     unet.train()
 
@@ -215,6 +228,11 @@ def main(args: argparse.Namespace) -> None:
     elif args.resume_from_checkpoint:
         accelerator.print(f"no checkpoint in {output_dir}: starting from scratch")
     step = state["step"]
+    if step > max_train_steps:
+        raise ValueError(
+            f"--max_train_steps is {max_train_steps}, and {checkpoint} is at step {step}; need at "
+            "least as many"
+        )
     later = [path.name for path in list_checkpoints(output_dir) if step_of(path) > step]
     if later:
         raise ValueError(
@@ -231,10 +249,13 @@ def main(args: argparse.Namespace) -> None:
         return averaged(ema, parameters, unet)
 
     def base() -> AbstractContextManager[Any]:
-        """The model before training, as far as it is still known: else what there is now."""
+        """The model before training, also where training goes on."""
         if args.lora_rank:
             return without_adapters(*learning)
-        return nullcontext(unet if frozen is None else frozen)
+        if frozen is not None or step == 0:
+            return nullcontext(unet if frozen is None else frozen)
+        model = frozen_copy(load_unet(args), DTYPES[args.mixed_precision])
+        return nullcontext(model.to(accelerator.device))
 
     watch = Watch(args, accelerator, heldout, painter, scheduler, now, base,
                   text_encoders if args.train_text_encoder else [])  # fmt: skip
@@ -253,15 +274,15 @@ def main(args: argparse.Namespace) -> None:
                     desc=args.loss, unit="step")  # fmt: skip
     journal = Journal(accelerator, metrics_path, progress, step, state["bad_in_row"])
 
-    def save_checkpoint() -> None:
+    def save_checkpoint(bad_in_row: int) -> None:
         """Write everything a later run needs to go on from here as if nothing had happened."""
         target = output_dir / f"checkpoint-{journal.step}"
         with written_aside(target, accelerator) as aside:
             accelerator.save_state(str(aside))
             if accelerator.is_main_process:
                 seen = state["pairs_seen"] + (journal.step - step) * pairs_per_step
-                now = {"step": journal.step, "pairs_seen": seen, "bad_in_row": journal.bad_in_row}
-                (aside / "trainer_state.json").write_text(json.dumps(state | now))
+                place = {"step": journal.step, "pairs_seen": seen, "bad_in_row": bad_in_row}
+                (aside / "trainer_state.json").write_text(json.dumps(state | place))
         if accelerator.is_main_process:
             prune(output_dir, args.checkpoints_total_limit, target)
             health = fastpref.health(read_metrics(metrics_path))
@@ -270,6 +291,7 @@ def main(args: argparse.Namespace) -> None:
     watch.begin(step)
     for batch in itertools.islice(loader, micro_batches):  # a stream has no end
         tell_refused(args, batch["refused"])
+        on_host = batch["timesteps"]
         batch = send_to_device(batch, accelerator.device, non_blocking=True)
         with accelerator.accumulate(*learning):
             timesteps = torch.cat([batch["timesteps"], batch["timesteps"]])
@@ -283,7 +305,7 @@ def main(args: argparse.Namespace) -> None:
                     )
                 else:
                     noisy, target = inverted_pairs(
-                        args, unet, condition, latents, batch["timesteps"], scheduler,
+                        args, unet, condition, latents, on_host, scheduler_on_host,
                         batch["seeds"],
                     )  # fmt: skip
                 ref_pred = None
@@ -322,16 +344,18 @@ def main(args: argparse.Namespace) -> None:
         journal.end_step(lr, grad_norm, skipped)
         at_end = journal.step == max_train_steps
         at_checkpoint = at_end or journal.step % args.checkpointing_steps == 0
-        if at_checkpoint or journal.step % args.log_every == 0:
+        at_look = watch.is_due(journal.step, last=at_end)
+        if at_checkpoint or at_look or journal.step % args.log_every == 0:
             journal.flush()
-        watch.look(journal.step, last=at_end)
-        too_bad = journal.bad_in_row >= args.max_bad_steps
+        if at_look:
+            watch.look(journal.step, last=at_end)
+        too_bad = journal.longest >= args.max_bad_steps
         if at_checkpoint or too_bad:
-            save_checkpoint()
+            save_checkpoint(0 if too_bad else journal.bad_in_row)
         if too_bad:
             raise FloatingPointError(
-                f"loss or gradients were not finite for {journal.bad_in_row} steps in a row, up to "
-                f"step {journal.step}; none of them changed the weights, which checkpoint-"
+                f"loss or gradients were not finite for {journal.longest} steps in a row, as was "
+                f"seen at step {journal.step}; none of them changed the weights, which checkpoint-"
                 f"{journal.step} holds. Lower --learning_rate or beta, or use bf16 or fp32; "
                 "--max_bad_steps says when to stop"
             )

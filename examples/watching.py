@@ -15,7 +15,7 @@ from PIL import Image
 
 from curves import append_metrics, truncate_metrics
 from heldout import HeldOut, Scores
-from painting import Painter, write_grid, write_image
+from painting import Painter, write_grid
 
 Model = Callable[[], AbstractContextManager[Any]]  # a UNet, for as long as the context lasts
 
@@ -39,53 +39,50 @@ class Watch:
         self.heldout, self.painter, self.scheduler = heldout, painter, scheduler
         self.now, self.base, self.text_encoders = now, base, text_encoders
         self.rows_path = Path(args.output_dir) / "eval.jsonl"
-        self.base_path = Path(args.output_dir) / "eval_base.safetensors"
         self.grids = Path(args.output_dir) / "validation"
         self.base_scores: Scores | None = None
         self.base_pictures: list[Image.Image] = []
 
     def begin(self, step: int) -> None:
-        """Learn what the base does, or read what it did when the run began, and look at step 0."""
+        """Learn what the base does, and look at the model before its first step."""
         if self.accelerator.is_main_process:
             truncate_metrics(self.rows_path, step)
         if self.heldout is not None:
-            if step and self.base_path.exists():
-                self.base_scores = Scores.load(
-                    self.base_path, self.heldout.count, self.heldout.draws
-                )
-            else:
-                with self.base() as unet:
-                    self.base_scores = self.heldout.score(unet, self.text_encoders)
-                if self.accelerator.is_main_process:
-                    self.base_scores.save(self.base_path)
+            with self.base() as unet:
+                self.base_scores = self.heldout.score(unet, self.text_encoders)
         if self.painter is not None:
-            files = [self.grids / f"base-{i}.png" for i in range(len(self.painter.prompts))]
-            if step and all(file.exists() for file in files):
-                self.base_pictures = [Image.open(file) for file in files]
-            else:
-                self.base_pictures = self.paint(self.base)
-                if self.accelerator.is_main_process:
-                    self.grids.mkdir(exist_ok=True)
-                    for picture, file in zip(self.base_pictures, files, strict=True):
-                        write_image(picture, file)
+            self.base_pictures = self.paint(self.base)
         if step == 0:
             self.look(0)
 
+    def is_due(self, step: int, last: bool = False) -> bool:
+        """Whether there is something to look at."""
+        return self.scores_at(step, last) or self.paints_at(step, last)
+
+    def scores_at(self, step: int, last: bool) -> bool:
+        return self.heldout is not None and (last or step % self.args.eval_steps == 0)
+
+    def paints_at(self, step: int, last: bool) -> bool:
+        return self.painter is not None and (last or step % self.args.validation_steps == 0)
+
     def look(self, step: int, last: bool = False) -> None:
         """Score and paint, as far as this step is one to do it at."""
-        if self.heldout is not None and (last or step % self.args.eval_steps == 0):
+        if self.scores_at(step, last):
+            assert self.heldout is not None
+            assert self.base_scores is not None
             with self.now() as unet:
                 scores = self.heldout.score(unet, self.text_encoders)
-            assert self.base_scores is not None
             row = HeldOut.row(scores, self.base_scores)
             if self.accelerator.is_main_process:
                 append_metrics(self.rows_path, [{"step": step, **row}])
             self.accelerator.log({f"eval/{name}": value for name, value in row.items()}, step=step)
-        if self.painter is not None and (last or step % self.args.validation_steps == 0):
+        if self.paints_at(step, last):
+            assert self.painter is not None
             columns = {"base": self.base_pictures}
             if step:
                 columns[f"step {step}"] = self.paint(self.now)
             if self.accelerator.is_main_process:
+                self.grids.mkdir(exist_ok=True)
                 write_grid(columns, self.painter.prompts, self.grids / f"step-{step}.png")
 
     def last_grid(self, step: int) -> list[Path]:

@@ -272,9 +272,9 @@ def _steps(abar: Tensor, timesteps: Tensor, num_steps: int, like: Tensor) -> lis
     keep, signal, noise = ratio.sqrt(), end.sqrt(), (1 - end).sqrt()
     add = noise - keep * (1 - start).sqrt()
     sigma = ((1 - start) / (1 - end) * (1 - ratio)).sqrt()
-    factors = torch.stack([keep, add, signal, noise, sigma], dim=1).to(like.device, like.dtype)
-    factors = factors.reshape(*factors.shape, *[1] * (like.dim() - 1))
-    told = grid[1:].to(like.device)
+    factors = torch.stack([keep, add, signal, noise, sigma], dim=1).to(like.dtype)
+    factors = _onto(like.device, factors.reshape(*factors.shape, *[1] * (like.dim() - 1)))
+    told = _onto(like.device, grid[1:])
     return [_Step(t, *f.unbind()) for t, f in zip(told, factors, strict=True)]
 
 
@@ -298,15 +298,23 @@ def _epsilon(model: Model, x: Tensor, step: _Step, dtype: torch.dtype, predicts:
 def _target(noisy: Tensor, clean: Tensor, abar: Tensor, predicts: str) -> Tensor:
     if predicts == "sample":
         return clean.clone()
-    factors = torch.stack([abar.sqrt(), (1 - abar).sqrt()]).to(clean.device, clean.dtype)
-    signal, noise = factors.reshape(2, -1, *[1] * (clean.dim() - 1))
+    factors = torch.stack([abar.sqrt(), (1 - abar).sqrt()]).to(clean.dtype)
+    signal, noise = _onto(clean.device, factors.reshape(2, -1, *[1] * (clean.dim() - 1)))
     tau = (noisy - signal * clean) / noise
     return tau if predicts == "epsilon" else signal * tau - noise * clean
 
 
 def _randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
     device = x.device if generator is None else generator.device
-    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+    noise = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
+    return _onto(x.device, noise)
+
+
+def _onto(device: torch.device, tensor: Tensor) -> Tensor:
+    """The tensor on `device`; from the host, without waiting for what the device has yet to do."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _check_latents(name: str, value: object) -> torch.dtype:

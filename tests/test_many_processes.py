@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType
 from curves import read_metrics
 from flags import parse_args
 from policy import check_sharding
-from small_run import Train, argv, assert_same_weights, seeing
+from small_run import Train, argv, assert_same_weights, seeing, unet_of
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "examples" / "accelerate"
@@ -85,6 +85,25 @@ def test_two_processes_train_what_one_does(
     shutil.copytree(two, again, ignore=shutil.ignore_patterns("checkpoint-4", result))
     train_by_two(world, again, by, train_batch_size=2, resume_from_checkpoint="latest", **flags)
     assert_same_weights(two, again)
+
+
+def test_shards_in_bf16_start_as_their_reference(world: Path, tmp_path: Path) -> None:
+    flags = {**FLAGS, **LORA, "mixed_precision": "bf16", "gradient_checkpointing": True}
+    rows = read_metrics(train_by_two(world, tmp_path / "run", "fsdp", **flags) / "metrics.jsonl")
+    assert rows[0]["margin"] == 0
+    assert rows[-1]["mse_w"] != rows[-1]["ref_mse_w"]
+
+
+@pytest.mark.parametrize("by", [None, "fsdp", "deepspeed"])
+def test_a_bad_loss_in_one_process_skips_the_step_in_all(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str | None
+) -> None:
+    if by == "deepspeed":
+        pytest.importorskip("deepspeed")
+    monkeypatch.setenv("SPOIL", "1:2")
+    folder = train_by_two(world, tmp_path / "run", by, **FLAGS)
+    assert [row["skipped"] for row in read_metrics(folder / "metrics.jsonl")] == [0, 1, 0, 0]
+    assert all(value.isfinite().all() for value in unet_of(folder).values())
 
 
 def test_one_process_goes_on_from_the_checkpoint_of_two(

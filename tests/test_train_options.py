@@ -162,21 +162,39 @@ def test_min_snr_weights_are_the_papers(train: Train) -> None:
     assert weighted["mse_w"] == plain["mse_w"]  # the metric is the error itself
 
 
-def test_compiled_blocks_train_the_same(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = []
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Blocks are compiled without code generation; what is compiled is noted."""
+    calls: list[Any] = []
+    original = UNet2DConditionModel.compile_repeated_blocks
 
     def compile_blocks(self: Any) -> None:
         torch._dynamo.reset()
-        compiled.append(original(self, backend="aot_eager"))
+        calls.append(original(self, backend="aot_eager"))
 
-    original = UNet2DConditionModel.compile_repeated_blocks
     monkeypatch.setattr(UNet2DConditionModel, "compile_repeated_blocks", compile_blocks)
-    plain, other = (
-        train("plain", max_train_steps=2),
-        train("compiled", max_train_steps=2, torch_compile=True),
-    )
+    limit = torch._dynamo.config.cache_size_limit
+    yield calls
+    torch._dynamo.config.cache_size_limit = limit
+
+
+def test_compiled_blocks_train_the_same(train: Train, compiled: list[Any]) -> None:
+    plain = train("plain", max_train_steps=2)
+    other = train("compiled", max_train_steps=2, torch_compile=True)
     assert len(compiled) == 1
     assert_same_weights(plain, other, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_blocks_stay_compiled_whatever_is_looked_at(
+    train: Train, world: Path, compiled: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    pipeline = tiny_sdxl((8, 16, 32), (8, 8), sample_size=8, norm_num_groups=4)  # two widths
+    pipeline.save_pretrained(world / "wider")
+    folder = train(model="wider", torch_compile=True, loss="dpo", max_train_steps=2, **LORA,
+                   **seeing(world))  # fmt: skip
+    assert len(compiled) == 1
+    assert len(metrics(folder)) == 2
 
 
 def test_adam_in_8_bits_says_what_it_needs(train: Train) -> None:
@@ -231,23 +249,25 @@ def test_a_step_that_is_not_finite_changes_nothing(
     assert states[0][0]["exp_avg"].equal(states[1][0]["exp_avg"])
 
 
+@pytest.mark.parametrize(("log_every", "seen_at"), [(1, 5), (4, 8), (10, 9)])
 def test_too_many_bad_steps_stop_the_run_with_a_checkpoint(
-    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, log_every: int, seen_at: int
 ) -> None:
-    spoil(monkeypatch, set(range(3, 100)), math.nan)
-    flags = {"max_train_steps": 9, "max_bad_steps": 3, "log_every": 1}
-    with pytest.raises(FloatingPointError, match="not finite for 3 steps in a row, up to step 5"):
+    spoil(monkeypatch, {3, 4, 5}, math.nan)
+    flags = {"max_train_steps": 9, "max_bad_steps": 3, "log_every": log_every}
+    message = f"not finite for 3 steps in a row, as was seen at step {seen_at}"
+    with pytest.raises(FloatingPointError, match=message):
         train(**flags)
     rows = metrics(tmp_path / "run")
-    assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 1]
-    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-5"]
+    assert [row["skipped"] for row in rows[:5]] == [0, 0, 1, 1, 1]
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == [f"checkpoint-{seen_at}"]
     monkeypatch.undo()
-    train(**flags, resume_from_checkpoint="latest")
-    assert [row["skipped"] for row in metrics(tmp_path / "run")[5:]] == [0] * 4
+    train(**flags | {"max_train_steps": 12}, resume_from_checkpoint="latest")
+    assert [row["skipped"] for row in metrics(tmp_path / "run")[5:]] == [0] * 7
 
 
 class Reads(TorchDispatchMode):
-    """Counts how often Python waits for a number."""
+    """Counts how often Python asks for a number. (Copies that wait show on a GPU only.)"""
 
     count = 0
 
@@ -259,7 +279,7 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize(
     "flags", [{}, {"loss": "dpo"}, {"loss": "dpo", **LORA}, {"snr_gamma": 5, "use_ema": True}]
 )
-def test_steps_do_not_wait_for_the_device(
+def test_steps_read_no_number_from_the_device(
     train: Train, monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any]
 ) -> None:
     def reads(steps: int) -> int:
@@ -325,6 +345,29 @@ def test_a_stream_trains_and_goes_on_where_it_was(train: Train) -> None:
     assert metrics(whole) == metrics(again)
 
 
+def test_an_inversion_is_told_of_timesteps_on_the_host(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[Any, ...]] = []
+    invert, send = sdxl.inverted_pairs, train_sdxl.__dict__["send_to_device"]
+    sent: list[torch.Tensor] = []
+
+    def keep(*args: Any) -> Any:
+        given.append((args[4], args[5].alphas_cumprod))
+        return invert(*args)
+
+    def to_device(batch: Any, device: torch.device, **options: Any) -> Any:
+        sent.append(batch["timesteps"])
+        batch = send(batch, device, **options)
+        return batch | {"timesteps": batch["timesteps"].clone()}  # as on another device
+
+    monkeypatch.setattr(train_sdxl, "inverted_pairs", keep)
+    monkeypatch.setattr(train_sdxl, "send_to_device", to_device)
+    train(loss="dpo", inversion="ddim", inversion_steps=2, max_train_steps=2)
+    assert [timesteps for timesteps, _ in given] == sent
+    assert all(given_ is sent_ for (given_, _), sent_ in zip(given, sent, strict=True))
+
+
 def test_buckets_of_several_resolutions_train_and_resume(train: Train, tmp_path: Path) -> None:
     photos = write_folder(tmp_path / "photos")
     flags = {
@@ -346,6 +389,8 @@ def test_a_bad_image_is_left_out_and_told(train: Train, tmp_path: Path) -> None:
     folder = train(dataset_name=photos, max_refused=0.2)
     assert "03.jpg" in (folder / "refused.txt").read_text()
     assert len(metrics(folder)) == 3
+    train(dataset_name=photos, max_refused=0.2, resume_from_checkpoint="latest", max_train_steps=4)
+    assert len((folder / "refused.txt").read_text().splitlines()) == 1
 
 
 def test_an_image_that_breaks_later_is_replaced(
@@ -445,6 +490,38 @@ def test_heldout_scores_and_grids_are_kept_and_resumed(train: Train, world: Path
     assert "step-5.png" in card
 
 
+def test_held_out_pairs_are_others_than_those_trained_on(train: Train, tmp_path: Path) -> None:
+    photos = write_folder(tmp_path / "photos")
+    with pytest.raises(ValueError, match="has no splits; need --eval_dataset_name"):
+        train(dataset_name=photos, eval_split_name="validation")
+    other = write_folder(tmp_path / "other", count=3)
+    folder = train(dataset_name=photos, eval_dataset_name=other)
+    assert len(read_metrics(folder / "eval.jsonl")) == 2
+
+
+def test_held_out_pairs_need_no_column_of_training_alone(train: Train, world: Path) -> None:
+    flags = {"loss": "smpo", "score_columns": ("score_0", "score_1"), "eval_split_name": "heldout"}
+    assert len(read_metrics(train(**flags) / "eval.jsonl")) == 2
+
+
+def test_looking_from_the_middle_of_a_run_compares_with_the_base(train: Train, world: Path) -> None:
+    flags = {"max_train_steps": 4, "checkpointing_steps": 2, "learning_rate": 1e-2}
+    seen = train("seen", **flags, **seeing(world))
+    later = interrupted(train("later", **flags), 2)
+    train("later", **flags, **seeing(world), resume_from_checkpoint="latest")
+    assert read_metrics(seen / "eval.jsonl")[-1] == read_metrics(later / "eval.jsonl")[-1]
+
+
+def test_trackers_are_told_of_steps_in_their_order(
+    train: Train, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: steps.append(step))
+    train(**seeing(world) | {"eval_steps": 3}, log_every=5, max_train_steps=8)
+    assert steps == sorted(steps)
+    assert {*steps} == {*range(9)}
+
+
 @pytest.mark.parametrize("text", [False, True], ids=["unet", "text encoders too"])
 def test_heldout_and_grids_with_adapters_and_a_cache(
     train: Train, world: Path, tmp_path: Path, text: bool
@@ -539,6 +616,7 @@ def test_killed_at_a_random_step_it_ends_the_same(
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     wait_for = int.from_bytes(os.urandom(1), "big") % 20 + 4
+    print(f"killed after step {wait_for}")
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while len(read_metrics(killed / "metrics.jsonl")) < wait_for and time.monotonic() < deadline:
@@ -556,6 +634,10 @@ def test_a_run_does_not_go_on_with_other_data_or_another_model(train: Train) -> 
     flags = {"resume_from_checkpoint": "latest", "max_train_steps": 2}
     with pytest.raises(ValueError, match="a run on 24 pairs; there are 20 now"):
         train(**flags, max_train_samples=20)
+    train("two", max_train_steps=2)
+    message = r"max_train_steps is 1, and .*checkpoint-2 is at step 2"
+    with pytest.raises(ValueError, match=message):
+        train("two", max_train_steps=1, resume_from_checkpoint="latest")
     with pytest.raises(ValueError, match=r"weights are not those of this model .*--lora_rank"):
         train(**flags, **LORA)
 
