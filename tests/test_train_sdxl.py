@@ -8,10 +8,6 @@ import json
 import math
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +32,8 @@ from objectives import INVERSIONS, LOSSES, Objective
 from pair_data import PreferencePairs
 from pair_sources import load_pairs
 from sdxl import Collator, Draws, frozen_copy, noisy_pairs
-from small_run import ROOT, SCORES, Train, argv, assert_same_weights, unet_of
+from small_run import SCORES, Train, argv, assert_same_weights, unet_of
 from tiny_sdxl import tiny_sdxl
-from train_sdxl import main
 
 # What a loss cannot do without.
 NEEDED: dict[str, dict[str, Any]] = {"smpo": SCORES, "capo": SCORES}
@@ -403,32 +398,6 @@ def test_a_resumed_run_compares_with_the_base(train: Train, flags: dict[str, Any
     rows = read_metrics(parts / "metrics.jsonl")
     assert rows == read_metrics(whole / "metrics.jsonl")
     assert rows[3]["mse_w"] != rows[3]["ref_mse_w"]
-
-
-def test_a_run_killed_anywhere_resumes_to_the_same_weights(
-    train: Train, world: Path, tmp_path: Path
-) -> None:
-    flags: dict[str, Any] = {
-        "max_train_steps": 40,
-        "checkpointing_steps": 2,
-        "checkpoints_total_limit": 2,
-    }
-    whole = train("whole", **flags)
-    killed = tmp_path / "killed"
-    words = argv(world, killed, **flags, resume_from_checkpoint="latest", log_every=1)
-    command = [sys.executable, str(ROOT / "examples" / "train_sdxl.py"), *words]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(read_metrics(killed / "metrics.jsonl")) < 7 and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert list_checkpoints(killed), "killed before the first checkpoint"
-    main(parse_args(words))
-    assert_same_weights(whole, killed)
-    assert read_metrics(whole / "metrics.jsonl") == read_metrics(killed / "metrics.jsonl")
 
 
 def test_latest_with_nothing_to_resume_starts_from_scratch(
