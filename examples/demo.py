@@ -1,4 +1,4 @@
-"""Knows the whole story in five minutes on two cores: data, model, MaPO, and whether it learned."""
+"""Knows the whole story in six minutes on two cores: data, model, MaPO, and whether it learned."""
 
 from __future__ import annotations
 
