@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +23,7 @@ from torch import Tensor
 import aot
 from bench_loss import RESULTS, append, environment
 from cases import PUBLISHED
-from fastpref_kernels import LINKS, launch
-
-
-def buckets() -> Iterator[tuple[int, int, int]]:
-    """Pairs, height and width of latents: ten of SDXL's buckets in five batch sizes."""
-    for pairs in (1, 2, 3, 16, 17):
-        for size in range(64, 104, 4):
-            yield pairs, size, 168 - size
-
-
-def of_fastpref(link: str) -> int:
-    """Kernels compiled, forward and backward together."""
-    seen = set()
-    for pairs, height, width in buckets():
-        pred = torch.empty(2 * pairs, 4, height, width)
-        target = torch.empty(pairs, 4, height, width)
-        ref = torch.empty_like(pred) if LINKS[link].score.needs_ref else None
-        operands = launch.Operands((pred, None), (target, None), (ref, None))
-        values = [0.5] * len(LINKS[link].hyper)
-        with aot.recorded() as both:
-            loss, stats = launch.pair_forward(LINKS[link], values, [None] * len(values), operands)
-            launch.pair_backward(loss, stats, operands)
-        for each in both:
-            made = aot.specialized(each, aot.TARGETS["sm_90"])
-            seen.add((each.kernel.__name__, *map(str, made)))
-    return len(seen)
+from fastpref_kernels import LINKS
 
 
 def of_compile(link: str, dynamic: bool | None) -> int:
@@ -63,7 +37,7 @@ def of_compile(link: str, dynamic: bool | None) -> int:
         return graph.forward
 
     compiled = torch.compile(PUBLISHED[link], backend=backend, dynamic=dynamic, fullgraph=True)
-    for pairs, height, width in buckets():
+    for pairs, height, width in aot.buckets():
         pred = torch.zeros(2 * pairs, 4, height, width, requires_grad=True)
         target = torch.ones(pairs, 4, height, width)
         compiled(pred, target, *([pred.detach()] if LINKS[link].score.needs_ref else []))
@@ -75,8 +49,8 @@ def main() -> None:
     rows = [
         {
             "link": link,
-            "shapes": len(list(buckets())),
-            "fastpref_kernels": of_fastpref(link),
+            "shapes": len(list(aot.buckets())),
+            "fastpref_kernels": len(aot.specializations(link)),
             "compile_graphs": of_compile(link, None),
             "compile_graphs_static": of_compile(link, False),
         }

@@ -7,6 +7,7 @@ that compiles, TRITON_INTERPRET must not be set.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import subprocess
@@ -191,6 +192,31 @@ def rows(targets: list[str]) -> Iterator[dict[str, Any]]:
         for recorder in both:
             for name in targets:
                 yield case._asdict() | {"of_target": case.target} | compiled(recorder, name)
+
+
+def buckets() -> Iterator[tuple[int, int, int]]:
+    """Pairs, height and width of latents: ten of SDXL's buckets in five batch sizes."""
+    for pairs in (1, 2, 3, 16, 17):
+        for size in range(64, 104, 4):
+            yield pairs, size, 168 - size
+
+
+def specializations(*links: str) -> set[tuple[str, ...]]:
+    """What the jit would compile, forward and backward, for all `buckets`, once each; for sm_90."""
+    seen = set()
+    for (pairs, height, width), link in itertools.product(buckets(), links):
+        pred = torch.empty(2 * pairs, 4, height, width)
+        target = torch.empty(pairs, 4, height, width)
+        ref = torch.empty_like(pred) if LINKS[link].score.needs_ref else None
+        operands = launch.Operands((pred, None), (target, None), (ref, None))
+        values = [0.1 * height] * len(LINKS[link].hyper)
+        with recorded() as both:
+            loss, stats = launch.pair_forward(LINKS[link], values, [None] * len(values), operands)
+            launch.pair_backward(loss, stats, operands)
+        for each in both:
+            made = specialized(each, TARGETS["sm_90"])
+            seen.add((each.kernel.__name__, *map(str, made)))
+    return seen
 
 
 if __name__ == "__main__":

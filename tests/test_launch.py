@@ -286,26 +286,7 @@ def test_programs_share_the_work_evenly(n_pairs: int, n_elements: int) -> None:
 
 def test_50_shapes_compile_one_kernel() -> None:
     """Heights, widths and batch sizes of SDXL's buckets make no difference to the compiler."""
-    script = """
-import aot, torch
-from fastpref_kernels import LINKS, launch
-seen = set()
-for pairs in (1, 2, 3, 16, 17):
-    for size in range(64, 104, 4):
-        pred = torch.empty(2 * pairs, 4, size, 168 - size)
-        target = torch.empty(pairs, 4, size, 168 - size)
-        for link, ref in (("mapo", None), ("dpo_sigmoid", torch.empty_like(pred))):
-            operands = launch.Operands((pred, None), (target, None), (ref, None))
-            values = [0.1 * size] * len(LINKS[link].hyper)
-            with aot.recorded() as both:
-                loss, stats = launch.pair_forward(
-                    LINKS[link], values, [None] * len(values), operands)
-                launch.pair_backward(loss, stats, operands)
-            for each in both:
-                made = aot.specialized(each, aot.TARGETS["sm_90"])
-                seen.add((each.kernel.__name__, *map(str, made)))
-print(len(seen))
-"""
+    script = 'import aot; print(len(aot.specializations("mapo", "dpo_sigmoid")))'
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = str(Path(__file__).parent)
     command = [sys.executable, "-W", "ignore", "-c", script]
