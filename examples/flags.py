@@ -134,7 +134,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False,
          help="compute activations twice to store fewer (MaPO used it)")
     flag("--allow_tf32", action=argparse.BooleanOptionalAction, default=False,
-         help="fp32 matrix products and convolutions in TF32, on GPUs that have it")
+         help="fp32 matrix products in TF32, on GPUs that have it; convolutions are by PyTorch's "
+         "own default")
     flag("--torch_compile", action=argparse.BooleanOptionalAction, default=False,
          help="compile the UNet's transformer blocks; worth its minute from some hundred steps on")
 
