@@ -35,6 +35,7 @@ def check_data(
     ties: str = "drop",
     seed: int = 0,
     max_samples: int | None = None,
+    max_refused: float = 0.01,
     workers: int = 0,
     progress: bool = True,
     samples: int = 12,
@@ -49,11 +50,13 @@ def check_data(
     settled = settle_ties(rows, ties, seed, max_samples)
     found = look_at(settled, sizes, np.ones(len(settled), dtype=bool), workers, progress)
     refused = len({image.row for image in found.refused})
+    too_many = refused > max_refused * len(settled)
     lines = [
         f"rows: {len(rows)}",
         f"ties: {(labels == 0.5).sum()}, {SETTLED[ties]} (--ties {ties})",
         f"refused: {refused} of {len(settled)} pairs ({refused / len(settled):.2%})",
         *tell_refused(found.refused),
+        *(["  more than --max_refused: nothing would be trained"] * too_many),
         f"pairs to train on: {len(found.rows)}",
     ]
     if len(found.rows):

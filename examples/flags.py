@@ -251,5 +251,6 @@ def check_resolutions(resolutions: list[int], factor: int) -> None:
     for resolution in resolutions:
         if resolution % factor:
             raise ValueError(
-                f"--resolution is {resolution}; this VAE and UNet need a multiple of {factor}"
+                f"--resolution is {resolution}; this VAE and UNet need a multiple of {factor}, "
+                f"such as {max(factor, resolution // factor * factor)}"
             )

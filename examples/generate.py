@@ -47,7 +47,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--seed", type=int, default=0, help="of the first prompt's noise; the next has seed + 1")
     flag("--height", type=int, default=1024, help="of a picture, in pixels")
     flag("--width", type=int, default=1024, help="of a picture, in pixels")
-    flag("--mixed_precision", choices=list(DTYPES), default="no",
+    flag("--mixed_precision", choices=list(DTYPES),
+         default="bf16" if torch.cuda.is_available() else "no",
          help="of UNet and text encoders; the VAE decodes in fp32")
     args = parser.parse_args(argv)
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():

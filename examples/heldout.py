@@ -260,15 +260,16 @@ class HeldOut:
 
         accuracy is the share of draws with mse_w < mse_l; accuracy_ref that where the winner's
         error fell more since the base than the loser's, which is DPO's implicit accuracy; drop_w
-        and drop_l say how much they fell; _se is a standard error over pairs.
+        and drop_l are the errors less the base's, negative where they fell; _se is a standard
+        error over pairs.
         """
         columns = {
             "accuracy": scores.wins(),
             "accuracy_ref": scores.wins_against(base),
             "mse_w": scores.mse_w,
             "mse_l": scores.mse_l,
-            "drop_w": base.mse_w - scores.mse_w,
-            "drop_l": base.mse_l - scores.mse_l,
+            "drop_w": scores.mse_w - base.mse_w,
+            "drop_l": scores.mse_l - base.mse_l,
         }
         row: dict[str, float] = {}
         for name, values in columns.items():

@@ -393,7 +393,7 @@ def plan_build(
         print(f"latent cache: ignored, and encoded again where needed: {line}")
     items, unused = found.unused(keys)
     if items:
-        print(f"latent cache: {items:,} other items ({in_words(unused)}) are not used by this run")
+        print(f"latent cache: {items:,} items ({in_words(unused)}) are of other pairs or settings")
     error = ""
     if to_write > free:
         error = (

@@ -78,12 +78,14 @@ def copy_pictures(folder: Path, pictures: Sequence[Path]) -> list[str]:
     for picture in pictures:
         if not picture.is_file():
             continue
+        if picture.resolve().is_relative_to(folder.resolve()):
+            names.append(picture.resolve().relative_to(folder.resolve()).as_posix())
+            continue
         name = picture.name
         if name in names:
             name = f"{picture.parent.name}-{name}"
-        if picture.resolve() != (folder / name).resolve():
-            with written_whole(folder / name) as aside:
-                shutil.copyfile(picture, aside)
+        with written_whole(folder / name) as aside:
+            shutil.copyfile(picture, aside)
         names.append(name)
     return names
 

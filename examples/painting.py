@@ -18,6 +18,7 @@ from diffusers import (
 )
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
+from tqdm.auto import tqdm
 
 from curves import written_whole
 from heldout import evaluating
@@ -122,7 +123,7 @@ class Painter:
         pictures = []
         with evaluating(unet, *text_encoders):
             conditions = self.embed(text_encoders) if text_encoders else self.conditions
-            for i, condition in enumerate(conditions):
+            for i, condition in enumerate(tqdm(conditions, desc="painting", leave=False)):
                 embeds = {k: v.to(self.device, unet.dtype) for k, v in condition.items()}
                 generator = torch.Generator().manual_seed(self.seed + i)  # alike on every device
                 with self.autocast():

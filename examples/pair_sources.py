@@ -73,7 +73,10 @@ def read_rows(
     if len(image_columns) != 2:
         raise ValueError(f"image_columns={list(image_columns)}; need two")
     names = {**dict(zip(image_columns, COLUMNS, strict=False)), label_column: "label_0"}
-    if (path / "w").is_dir() and (path / "l").is_dir():
+    if (path / "w").is_dir() != (path / "l").is_dir():
+        raise ValueError(f"dataset_name={dataset_name!r} holds one of the folders w and l; need "
+                         "winners in w/ and losers in l/")  # fmt: skip
+    if (path / "w").is_dir():
         rows, names = Dataset(read_folders(path)), {column: column for column in COLUMNS}
     elif path.is_file() and path.suffix in (".jsonl", ".csv"):
         rows = Dataset(read_table(path, caption_column))
@@ -125,7 +128,13 @@ def read_stored(
     elif path.is_absolute() or dataset_name.startswith((".", "~")) or path.suffix in FILES:
         raise ValueError(f"dataset_name={dataset_name!r}: there is no such file or folder")
     else:
-        return load_dataset(dataset_name, split=split, **options)
+        try:
+            return load_dataset(dataset_name, split=split, **options)
+        except (ConnectionError, FileNotFoundError) as error:
+            raise ValueError(
+                f"dataset_name={dataset_name!r}: there is no such file or folder here, and as a "
+                f"name on the hub it could not be loaded: {error}"
+            ) from error
     if any(file.suffix != ".parquet" for file in files):
         raise ValueError(f"dataset_name={dataset_name!r}; need a {', '.join(FILES)} file")
     return load_dataset(

@@ -17,6 +17,7 @@ import functools
 import itertools
 import json
 import math
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -123,7 +124,8 @@ def main(args: argparse.Namespace) -> None:
         workers = args.dataloader_num_workers
         if accelerator.is_main_process:
             print(check_data(rows, sizes, output_dir, ties=args.ties, workers=workers,
-                             max_samples=args.max_train_samples, **options(args)))  # fmt: skip
+                             max_samples=args.max_train_samples,
+                             max_refused=args.max_refused, **options(args)))  # fmt: skip
         return
     if accelerator.is_main_process:
         tell_refused(args, [], anew=True)
@@ -213,7 +215,9 @@ def main(args: argparse.Namespace) -> None:
     keep_only_what_learns(accelerator)
 
     # Go on from a checkpoint: weights, optimizer, schedule, RNG, and the place in the data.
-    state = {"step": 0, "pairs_seen": 0, "bad_in_row": 0, "pairs": count}
+    state = {
+        "step": 0, "pairs_seen": 0, "bad_in_row": 0, "pairs": count, "loss": args.loss,
+    }  # fmt: skip
     checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
     if checkpoint is not None:
         accelerator.print(f"resuming from {checkpoint}")
@@ -223,6 +227,11 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"{checkpoint} is of a run on {state['pairs']} pairs; there are {count} now: need "
                 "the same data, to go on in their order"
+            )
+        if state["loss"] != args.loss:
+            raise ValueError(
+                f"{checkpoint} is of a run with --loss {state['loss']}; --loss is {args.loss} now: "
+                "need the same, or another --output_dir"
             )
     elif args.resume_from_checkpoint:
         accelerator.print(f"no checkpoint in {output_dir}: starting from scratch")
@@ -373,10 +382,14 @@ def main(args: argparse.Namespace) -> None:
             lora=bool(args.lora_rank), pictures=[curves, *watch.last_grid(journal.step)],
             heldout_path=watch.rows_path, repo_id=args.hub_model_id,
         )  # fmt: skip
+        print(f"step {journal.step}: the result is in {result}, the curves in {curves}")
         if args.push_to_hub:
             print(f"pushed to {push(result, args.hub_model_id)}")
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:
+        sys.exit("stopped; --resume_from_checkpoint latest goes on from the last whole checkpoint")

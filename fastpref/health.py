@@ -124,7 +124,7 @@ def _judge(
     w: Change, l: Change, margin: Change, accuracy: Change, left: float, has_ref: bool
 ) -> Health:
     """The first picture that fits."""
-    than = "the reference's" if has_ref else "at the start"
+    than = "the reference's" if has_ref else "what it was"
     errors = f"mse_w is {w.ratio:.2f} times {than} ({w}), mse_l {l.ratio:.2f} times ({l})"
     gained = w.sure and w.ratio <= BETTER
     if w.sure and w.ratio >= COLLAPSED:
@@ -158,9 +158,13 @@ def _judge(
         return Health("healthy", told, "")
     if not any(change.sure for change in (w, l, margin)):
         return Health(
-            "flat", told, "raise the learning rate by 3 to 10, then beta; or all is learned"
+            "flat", told, "unless all is learned, raise the learning rate by 3 to 10, then beta"
         )
-    return Health("unclear", told, "wait for more steps, and see that winners come first")
+    return Health(
+        "unclear",
+        told,
+        "wait for more steps; if it stays so, check that winners come first in the batch",
+    )
 
 
 def _change(values: Sequence[float], reference: Sequence[float] | None, last: int) -> Change:

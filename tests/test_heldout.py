@@ -224,7 +224,7 @@ def test_a_row_says_what_changed_since_the_base() -> None:
     assert row["accuracy"] == pytest.approx((1 + 1 + 0.5 + 0) / 4)
     # Fell by (.5, 0) and (.25, .25) on winners, by (0, 0) and (-.25, .25) on losers.
     assert row["accuracy_ref"] == pytest.approx((1 + 0.5 + 1 + 0.5) / 4)
-    assert row["drop_w"] == pytest.approx(0.25)
+    assert row["drop_w"] == pytest.approx(-0.25)
     assert row["drop_l"] == pytest.approx(0.0)
     assert (row["mse_w"], row["mse_l"]) == pytest.approx((0.75, 1.25))
     assert row["accuracy_se"] == pytest.approx(0.75 / math.sqrt(2) / math.sqrt(2))

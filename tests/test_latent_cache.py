@@ -445,7 +445,7 @@ def test_the_size_is_said_before_anything_is_written(
     build(dtype=torch.bfloat16, captions=False)
     words = capsys.readouterr().out
     assert "9 images and 0 captions" in words
-    assert "13 other items (107 kB)" in words
+    assert "13 items (107 kB)" in words
     free[0] = 0
     build()  # writes nothing, needs nothing
     assert ", 0 B to write" in capsys.readouterr().out

@@ -634,6 +634,8 @@ def test_a_run_does_not_go_on_with_other_data_or_another_model(train: Train) -> 
     flags = {"resume_from_checkpoint": "latest", "max_train_steps": 2}
     with pytest.raises(ValueError, match="a run on 24 pairs; there are 20 now"):
         train(**flags, max_train_samples=20)
+    with pytest.raises(ValueError, match="is of a run with --loss mapo; --loss is sft now"):
+        train(**flags, loss="sft")
     train("two", max_train_steps=2)
     message = r"max_train_steps is 1, and .*checkpoint-2 is at step 2"
     with pytest.raises(ValueError, match=message):
