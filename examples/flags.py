@@ -11,7 +11,7 @@ from diffusers.optimization import SchedulerType
 
 from objectives import Objective, add_inversion_flags, add_loss_flags, inversion_options
 from painting import read_prompts
-from sdxl import DTYPES, VAE_DTYPES
+from sdxl import DTYPES, VAE_DTYPES, add_model_flags
 
 
 # fmt: off
@@ -25,12 +25,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     flag = parser.add_argument_group("model").add_argument
-    flag("--pretrained_model_name_or_path", required=True, metavar="NAME",
-         help="SDXL-format pipeline: a hub name or a local folder")
-    flag("--pretrained_vae_model_name_or_path", metavar="NAME",
-         help="another VAE: a hub name or a local folder")
-    flag("--revision", help="revision of the model on the hub")
-    flag("--variant", help="variant of the model files, such as fp16")
+    add_model_flags(flag)
     flag("--cache_dir", help="where downloads and prepared data sets are kept")
     flag("--prediction_type", choices=["epsilon", "v_prediction"],
          help="what the UNet predicts; by default what the model's scheduler says")

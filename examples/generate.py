@@ -17,7 +17,7 @@ from PIL import Image
 
 from painting import Painter, read_prompts, write_grid, write_image
 from policy import LORA_FILE
-from sdxl import DTYPES, Encoders
+from sdxl import DTYPES, Encoders, add_model_flags
 
 
 # fmt: off
@@ -29,12 +29,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     flag = parser.add_argument
-    flag("--pretrained_model_name_or_path", required=True, metavar="NAME",
-         help="the base: an SDXL-format pipeline, a hub name or a local folder")
-    flag("--pretrained_vae_model_name_or_path", metavar="NAME",
-         help="another VAE: a hub name or a local folder")
-    flag("--revision", help="revision of the base on the hub")
-    flag("--variant", help="variant of the base's files, such as fp16")
+    add_model_flags(flag)
     flag("--cache_dir", help="where downloads are kept")
     flag("--trained", required=True, type=Path, metavar="FOLDER",
          help=f"what a run left: a folder with {LORA_FILE} or pipeline/, a pipeline, or a UNet")

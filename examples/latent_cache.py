@@ -58,11 +58,10 @@ from latent_shards import (
     remove_abandoned,
     sortable,
 )
-from sdxl import Encoders, encode_images, encode_prompts, tokenize
+from sdxl import VAE_DTYPES, Encoders, encode_images, encode_prompts, tokenize
 
 # In every key. Count up when images.open_image or fit, or this file, changes what is stored.
 FORMAT = 1
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 CENTRE = (0.5, 0.5)  # where a picture is cut: random crops are not cached
 CAPTION_BATCH = 64
 HASHED_ROWS = 8  # at a time, by a thread
@@ -430,8 +429,8 @@ def build_cache(
     whatever else the values depend on. Says what it will write before it writes; an image that
     cannot be decoded is left out, and raises BadImage when it is asked for.
     """
-    if dtype not in DTYPES.values():
-        raise ValueError(f"dtype={dtype}; need one of {list(DTYPES.values())}")
+    if dtype not in VAE_DTYPES.values():
+        raise ValueError(f"dtype={dtype}; need one of {list(VAE_DTYPES.values())}")
     if len(buckets) != len(rows):
         raise ValueError(f"buckets has {len(buckets)} entries for {len(rows)} rows; need one each")
     folder, buckets, flips = Path(folder), np.asarray(buckets), 2 if random_flip else 1

@@ -104,11 +104,6 @@ def nearest_buckets(found: NDArray[np.int64], sizes: Sequence[Size]) -> NDArray[
     return buckets
 
 
-def bucket_of(size_0: Size, size_1: Size, sizes: Sequence[Size]) -> int:
-    """The bucket that both images of a pair share: see `nearest_buckets`."""
-    return int(nearest_buckets(np.array([[size_0, size_1]]), sizes)[0])
-
-
 class Cached(Protocol):
     """Images and captions that were encoded before."""
 

@@ -70,8 +70,10 @@ class Watch:
         if self.scores_at(step, last):
             assert self.heldout is not None
             assert self.base_scores is not None
-            with self.now() as unet:
-                scores = self.heldout.score(unet, self.text_encoders)
+            scores = self.base_scores  # which a run begins from
+            if step:
+                with self.now() as unet:
+                    scores = self.heldout.score(unet, self.text_encoders)
             row = HeldOut.row(scores, self.base_scores)
             if self.accelerator.is_main_process:
                 append_metrics(self.rows_path, [{"step": step, **row}])

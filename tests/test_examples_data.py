@@ -25,13 +25,12 @@ pytest.importorskip("diffusers")
 
 from diffusers import StableDiffusionXLPipeline
 
-from images import BadImage, fit, open_image, read_size
+from images import BadImage, Size, fit, open_image, read_size
 from pair_data import (
     PairBatches,
     PairStream,
     PreferencePairs,
     StreamedPairs,
-    bucket_of,
     bucket_sizes,
     nearest_buckets,
 )
@@ -45,6 +44,11 @@ from photo_pairs import (
 from tiny_sdxl import byte_tokenizer, tiny_sdxl
 
 SQUARE = [(16, 16)]
+
+
+def bucket_of(size_0: Size, size_1: Size, sizes: list[Size]) -> int:
+    """The bucket of one pair."""
+    return int(nearest_buckets(np.array([[size_0, size_1]]), sizes)[0])
 
 
 def png(image: Image.Image) -> bytes:
