@@ -173,17 +173,21 @@ def pair_loss(
     )
     pairs = check_pairs(model_pred, target, ref_pred, ref_mse, mask, swap)
     device = pairs.device
-    numbers = check_scalars(link, chosen, scalars, sample_weight, pairs.n_pairs, device, swap)
+    numbers = check_scalars(link, scalars, sample_weight, pairs.n_pairs, device, swap)
     huber = check_huber(huber_c, device)
     if _takes_triton(impl, pairs):
         loss, stats = ops.pair_loss(link, numbers, pairs, huber, reduction, error_reduction)
     else:
         loss, stats = reference.pair_loss(chosen, numbers, pairs, huber, reduction, error_reduction)
     mse_w, mse_l, margin, *rest = stats.unbind()
-    ref_w, ref_l = rest[-2:] if pairs.ref_pred else _given_errors(pairs.ref, pairs.n_pairs)
     if swap:
         mse_w, mse_l = mse_l, mse_w
-    if swap and pairs.ref_pred:
+    if pairs.ref[0] is None:
+        return LossOutput(loss, mse_w, mse_l, margin)
+    if ref_pred is None:
+        return LossOutput(loss, mse_w, mse_l, margin, *_given_errors(pairs.ref, pairs.n_pairs))
+    ref_w, ref_l = rest[-2:]
+    if swap:
         ref_w, ref_l = ref_l, ref_w
     return LossOutput(loss, mse_w, mse_l, margin, ref_w, ref_l)
 
@@ -213,7 +217,7 @@ def losses_from_errors(
     operand, ref, n_pairs = check_errors(mse, ref_mse)
     _check_reference(link, chosen, "ref_mse", ref_mse is not None)
     errors = halves(operand, n_pairs, swap)
-    numbers = check_scalars(link, chosen, scalars, sample_weight, n_pairs, errors[0].device, swap)
+    numbers = check_scalars(link, scalars, sample_weight, n_pairs, errors[0].device, swap)
     dtype = torch.float64 if errors[0].dtype == torch.float64 else torch.float32
     with torch.autocast(errors[0].device.type, enabled=False):
         err_w, err_l = (e.to(dtype) for e in errors)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref_kernels import LINKS, TRITON_MISSING
+from fastpref_kernels import TRITON_MISSING
 
 from .pairs import Pairs, Scalar
 
@@ -23,17 +23,16 @@ if not TRITON_MISSING:
 INTERPRETED = not TRITON_MISSING and launch.INTERPRETED
 
 _PAIRS = "Tensor pred, Tensor? pred_l, Tensor target, Tensor? target_l"
-_MASK = "Tensor? mask, Tensor? mask_l"
+_MASK = "Tensor? mask, Tensor? mask_l, bool swap, float? huber_c, Tensor? huber_t"
 
 _library = torch.library.Library("fastpref", "DEF")
 _library.define(
-    "pair_forward(str link, float[] values, Tensor?[] tensors, float? huber_c, Tensor? huber_t,"
-    " str reduction, str error_reduction, bool swap,"
-    f" {_PAIRS}, {_MASK}, Tensor? ref, Tensor? ref_l) -> (Tensor, Tensor)"
+    f"pair_forward(str link, float[] values, Tensor?[] tensors, {_PAIRS}, Tensor? ref,"
+    f" Tensor? ref_l, {_MASK}, str reduction, str error_reduction) -> (Tensor, Tensor)"
 )
 _library.define(
-    "pair_backward(Tensor grad_loss, Tensor stats, float? huber_c, Tensor? huber_t,"
-    f" bool need, bool need_l, bool swap, {_PAIRS}, {_MASK}) -> Tensor[]"
+    f"pair_backward(Tensor grad_loss, Tensor stats, {_PAIRS}, {_MASK}, bool need, bool need_l)"
+    " -> Tensor[]"
 )
 
 
@@ -47,11 +46,9 @@ def pair_loss(
 ) -> tuple[Tensor, Tensor]:
     """(loss, stats) by the kernels, as `reference.pair_loss`; stats have the factors of the
     gradient between the margin and the reference's errors."""
-    values = [0.0 if isinstance(s, Tensor) else s for s in scalars]
-    tensors = [s if isinstance(s, Tensor) else None for s in scalars]
-    huber: Any = (None, huber_c) if isinstance(huber_c, Tensor) else (huber_c, None)
-    options = (link, values, tensors, *huber, reduction, error_reduction, pairs.swap)
-    constants = (*pairs.target, *pairs.mask, *pairs.ref)
+    huber = (None, huber_c) if isinstance(huber_c, Tensor) else (huber_c, None)
+    constants = (pairs.target, pairs.ref, pairs.mask, pairs.swap)
+    options = (link, scalars, huber, reduction, error_reduction)
     loss, stats = _PairLoss.apply(*pairs.pred, constants, options)
     # .data: whoever changes a metric in place does not touch what backward reads
     return loss, stats if torch.compiler.is_compiling() else stats.data
@@ -63,13 +60,25 @@ class _PairLoss(torch.autograd.Function):
         ctx: Any,
         pred: Tensor,
         pred_l: Tensor | None,
-        constants: tuple[Tensor | None, ...],  # one argument, as options: PyTorch looks at each
+        constants: tuple[Any, ...],  # one argument, as options: PyTorch looks at each
         options: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor]:
-        run = torch.ops.fastpref.pair_forward if torch.compiler.is_compiling() else _forward
-        loss, stats = run(*options, pred, pred_l, *constants)
-        ctx.huber_c, huber_t, ctx.swap = options[3], options[4], options[7]
-        ctx.save_for_backward(stats, huber_t, pred, pred_l, *constants[:4])
+        target, ref, mask, swap = constants
+        link, scalars, (huber_c, huber_t), *reductions = options
+        if torch.compiler.is_compiling():
+            values = [0.0 if isinstance(s, Tensor) else s for s in scalars]
+            tensors = [s if isinstance(s, Tensor) else None for s in scalars]
+            loss, stats = torch.ops.fastpref.pair_forward(
+                link, values, tensors, pred, pred_l, *target, *ref, *mask, swap,
+                huber_c, huber_t, *reductions,
+            )  # fmt: skip
+        else:
+            huber = huber_c if huber_t is None else huber_t
+            loss, stats = launch.pair_forward(
+                link, scalars, (pred, pred_l), target, ref, mask, swap, huber, *reductions
+            )
+        ctx.huber_c, ctx.swap = huber_c, swap
+        ctx.save_for_backward(stats, huber_t, pred, pred_l, *target, *mask)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         return loss, stats
@@ -85,7 +94,7 @@ class _PairLoss(torch.autograd.Function):
         elif torch.is_grad_enabled():  # create_graph=True: it must not pass for a constant
             run = _OnlyOnce.apply
         stats, huber_t, *read = ctx.saved_tensors
-        grads = run(grad_loss, stats, ctx.huber_c, huber_t, need, need_l, ctx.swap, *read)
+        grads = run(grad_loss, stats, *read, ctx.swap, ctx.huber_c, huber_t, need, need_l)
         return grads[0] if need else None, grads[-1] if need_l else None, None, None
 
 
@@ -108,33 +117,48 @@ def _forward(
     link: str,
     values: list[float],
     tensors: list[Tensor | None],
+    pred: Tensor,
+    pred_l: Tensor | None,
+    target: Tensor,
+    target_l: Tensor | None,
+    ref: Tensor | None,
+    ref_l: Tensor | None,
+    mask: Tensor | None,
+    mask_l: Tensor | None,
+    swap: bool,
     huber_c: float | None,
     huber_t: Tensor | None,
     reduction: str,
     error_reduction: str,
-    swap: bool,
-    *read: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    operands = launch.Operands(read[:2], read[2:4], read[6:], read[4:6], swap)  # type: ignore
+    scalars = [v if t is None else t for v, t in zip(values, tensors, strict=True)]
     huber = huber_c if huber_t is None else huber_t
     return launch.pair_forward(
-        LINKS[link], values, tensors, operands, huber, reduction, error_reduction
-    )
+        link, scalars, (pred, pred_l), (target, target_l), (ref, ref_l), (mask, mask_l), swap,
+        huber, reduction, error_reduction,
+    )  # fmt: skip
 
 
 def _backward(
     grad_loss: Tensor,
     stats: Tensor,
+    pred: Tensor,
+    pred_l: Tensor | None,
+    target: Tensor,
+    target_l: Tensor | None,
+    mask: Tensor | None,
+    mask_l: Tensor | None,
+    swap: bool,
     huber_c: float | None,
     huber_t: Tensor | None,
     need: bool,
     need_l: bool,
-    swap: bool,
-    *read: Tensor | None,
 ) -> list[Tensor]:
-    operands = launch.Operands(read[:2], read[2:4], launch.ABSENT, read[4:], swap)  # type: ignore
     huber = huber_c if huber_t is None else huber_t
-    grads = launch.pair_backward(grad_loss, stats, operands, huber, (need, need_l))
+    grads = launch.pair_backward(
+        grad_loss, stats, (pred, pred_l), (target, target_l), (mask, mask_l), swap,
+        huber, (need, need_l),
+    )  # fmt: skip
     return [grad for grad in grads if grad is not None]
 
 
@@ -144,7 +168,7 @@ _library.impl("pair_backward", _backward, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("fastpref::pair_forward", lib=_library)
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    reduction, (pred, pred_l), ref = args[5], args[8:10], args[14]
+    (pred, pred_l), ref, reduction = args[3:5], args[7], args[-2]
     n_pairs = pred.shape[0] // 2 if pred_l is None else pred.shape[0]
     loss = pred.new_empty((n_pairs,) if reduction == "none" else (), dtype=torch.float32)
     rows = 5 if ref is None or ref.dim() == 1 else 7
@@ -153,6 +177,6 @@ def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("fastpref::pair_backward", lib=_library)
 def _fake_backward(*args: Any) -> list[Tensor]:
-    need, need_l, _, pred, pred_l = args[4:9]
+    (pred, pred_l), (need, need_l) = args[2:4], args[-2:]
     given = ((pred, need), (pred_l, need_l))
     return [torch.empty_like(t) for t, needed in given if needed and t is not None]

@@ -3,7 +3,7 @@ their forms."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ class Pairs(NamedTuple):
     that pairs share is ((B, ...), None); what is absent is (None, None).
 
     ref: the reference's predictions, or its errors, (2B,) or (B,) each. mask: of pred's sizes.
-    swap: losers and winners change places in all of them.
+    wide: fp64 is computed in. swap: losers and winners change places in all of them.
     """
 
     pred: Operand
@@ -28,6 +28,7 @@ class Pairs(NamedTuple):
     ref: Operand
     mask: Operand
     n_pairs: int
+    wide: bool
     swap: bool
 
     @property
@@ -36,15 +37,11 @@ class Pairs(NamedTuple):
         return self.pred[0].device
 
     @property
-    def wide(self) -> bool:
-        """Whether fp64 is computed in; errors of the reference and masks are cast."""
-        operands = (self.pred, self.target, self.ref if self.ref_pred else self.pred)
-        dtypes = [t.dtype for operand in operands for t in operand if t is not None]
-        return torch.float64 in dtypes
-
-    @property
     def ref_pred(self) -> bool:
         return self.ref[0] is not None and self.ref[0].dim() > 1
+
+
+_passed: dict[Any, tuple[int, bool]] = {}  # n_pairs and wide, by all that a check looks at
 
 
 def check_pairs(
@@ -55,7 +52,36 @@ def check_pairs(
     mask: Halves | None = None,
     swap: bool = False,
 ) -> Pairs:
-    """Raises TypeError or ValueError that names the argument, what came, and what is needed."""
+    """Raises TypeError or ValueError that names the argument, what came, and what is needed.
+
+    Tensors alone, without halves or masks, pass if such have passed before.
+    """
+    given: Any = (model_pred, target) if ref_pred is None else (model_pred, target, ref_pred)
+    alone = ref_mse is None and mask is None and {*map(type, given)} == {Tensor}
+    if not alone or torch.compiler.is_compiling():
+        return _check_pairs(model_pred, target, ref_pred, ref_mse, mask, swap)
+    such = [(t.shape, t.dtype, t.device, t.requires_grad, t.is_neg()) for t in given]
+    key = (torch.is_grad_enabled(), *such)
+    if key in _passed:
+        n_pairs, wide = _passed[key]
+        (pred, goal), ref = given[:2], given[2] if len(given) == 3 else None
+        return Pairs((pred, None), (goal, None), (ref, None), (None, None), n_pairs, wide, swap)
+    pairs = _check_pairs(model_pred, target, ref_pred, None, None, swap)
+    if not any(t.is_neg() for t in given):
+        if len(_passed) == 4096:
+            _passed.clear()
+        _passed[key] = pairs.n_pairs, pairs.wide
+    return pairs
+
+
+def _check_pairs(
+    model_pred: Halves,
+    target: Halves,
+    ref_pred: Halves | None = None,
+    ref_mse: Halves | None = None,
+    mask: Halves | None = None,
+    swap: bool = False,
+) -> Pairs:
     pred_w, pred_l = _operand("model_pred", model_pred)
     n_samples, *sample = pred_w.shape
     if pred_w.numel() == 0:
@@ -93,8 +119,10 @@ def check_pairs(
         raise ValueError(_on_another_device("model_pred[1]", pred_l, pred_w, "model_pred"))
     _check_constants(constants, pred_w, "model_pred")
     shared = target_l is target_w
+    operands = (pred_w, pred_l, target_w, target_l, *(ref if ref_pred is not None else ()))
+    wide = any(t is not None and t.dtype == torch.float64 for t in operands)
     return Pairs(
-        (pred_w, pred_l), (target_w, None if shared else target_l), ref, masks, n_pairs, swap
+        (pred_w, pred_l), (target_w, None if shared else target_l), ref, masks, n_pairs, wide, swap
     )
 
 

@@ -3,14 +3,15 @@ implementations take them."""
 
 from __future__ import annotations
 
+import functools
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastpref_kernels import KNOBS, Link
+from fastpref_kernels import KNOBS, LINKS
 from fastpref_kernels.links import POSITIVE, Hyper
 
 from .pairs import Scalar
@@ -20,16 +21,39 @@ _NAMES = {key: key for key in KNOBS if not key.startswith("sample_weight")}  # w
 
 def check_scalars(
     name: str,
-    link: Link,
     given: Mapping[str, Any],
     sample_weight: Any,
     n_pairs: int,
     device: torch.device,
     swap: bool,
-) -> list[Scalar]:
+) -> Sequence[Scalar]:
     """The link's hyper-parameters in its order, and then, unless all are neutral, the knobs: each a
     float, or a tensor of shape () or (B,). Raises TypeError or ValueError that names the argument,
     what came, and what is needed."""
+    plain = sample_weight is None and not torch.compiler.is_compiling()
+    if plain and _PLAIN.issuperset(map(type, given.values())):
+        return _check_plain(name, tuple(given.items()))
+    return _check(name, given, sample_weight, n_pairs, device, swap)
+
+
+_PLAIN = {float, int}  # not bool, which would be found in the cache as the 0 or 1 that it equals
+
+
+@functools.lru_cache(1024)
+def _check_plain(name: str, given: tuple[tuple[str, float], ...]) -> Sequence[Scalar]:
+    """Numbers alone, which are the same at every step or nearly so."""
+    return _check(name, dict(given), None, 0, torch.device("cpu"), False)
+
+
+def _check(
+    name: str,
+    given: Mapping[str, Any],
+    sample_weight: Any,
+    n_pairs: int,
+    device: torch.device,
+    swap: bool,
+) -> Sequence[Scalar]:
+    link = LINKS[name]
     scalars = [
         check_scalar(key, given.get(key, hyper.default), hyper, n_pairs, device)
         for key, hyper in link.hyper.items()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
+import random
 import re
 import subprocess
 import sys
@@ -57,6 +59,16 @@ def recorded() -> Iterator[tuple[Recorder, Recorder]]:
         yield fwd, bwd
     finally:
         pair.pair_fwd, pair.pair_bwd = fwd.kernel, bwd.kernel
+
+
+@contextlib.contextmanager
+def unplanned() -> Iterator[None]:
+    """Without plans from before, which do not know what is patched now, and without leaving any."""
+    with (
+        mock.patch.object(launch, "_plan_forward", launch._plan_forward.__wrapped__),
+        mock.patch.object(launch, "_plan_backward", launch._plan_backward.__wrapped__),
+    ):
+        yield
 
 
 def specialized(recorder: Recorder, target: GPUTarget) -> tuple[Any, Any, Any, Any]:
@@ -149,20 +161,17 @@ def recorders(case: Case) -> tuple[Recorder, Recorder]:
         model_pred = model_pred.to(memory_format=torch.channels_last)
     wanted = torch.zeros(2 if case.shared else 4, 4, 64, 64, dtype=DTYPES[case.target])
     mask = torch.zeros(2, 1, 64, 64, dtype=torch.bool).expand(2, 4, 64, 64) if case.mask else None
-    values = [1.0] * len(LINKS[case.link].hyper)
-    tensors: list[torch.Tensor | None] = [None] * len(values)
+    scalars: list[float | torch.Tensor] = [1.0] * len(LINKS[case.link].hyper)
     if case.knobs:
-        tensors += [torch.ones(2) if case.knobs == "tensors" else None] * len(KNOBS)
-        values += [0.5] * len(KNOBS)
+        scalars += [torch.ones(2) if case.knobs == "tensors" else 0.5] * len(KNOBS)
     huber = 0.001 if case.huber else None
-    pred: launch.Operand = (model_pred, None)
-    operands = launch.Operands(pred, (wanted, None), ref, (mask, None), False)
+    pred, target, masks = (model_pred, None), (wanted, None), (mask, None)
     count = (2, 2**32) if case.layout == "wide" else launch._count(pred)
-    with recorded() as both, mock.patch.object(launch, "_count", return_value=count):
+    with recorded() as both, unplanned(), mock.patch.object(launch, "_count", return_value=count):
         loss, stats = launch.pair_forward(
-            LINKS[case.link], values, tensors, operands, huber, "mean", "mean"
+            case.link, scalars, pred, target, ref, masks, huber_c=huber
         )
-        launch.pair_backward(loss, stats, operands, huber, (True, False))
+        launch.pair_backward(loss, stats, pred, target, masks, huber_c=huber, needed=(True, False))
     return both
 
 
@@ -208,15 +217,77 @@ def specializations(*links: str) -> set[tuple[str, ...]]:
         pred = torch.empty(2 * pairs, 4, height, width)
         target = torch.empty(pairs, 4, height, width)
         ref = torch.empty_like(pred) if LINKS[link].score.needs_ref else None
-        operands = launch.Operands((pred, None), (target, None), (ref, None))
         values = [0.1 * height] * len(LINKS[link].hyper)
+        preds, targets = (pred, None), (target, None)
         with recorded() as both:
-            loss, stats = launch.pair_forward(LINKS[link], values, [None] * len(values), operands)
-            launch.pair_backward(loss, stats, operands)
+            loss, stats = launch.pair_forward(link, values, preds, targets, (ref, None))
+            launch.pair_backward(loss, stats, preds, targets)
         for each in both:
             made = specialized(each, TARGETS["sm_90"])
             seen.add((each.kernel.__name__, *map(str, made)))
     return seen
+
+
+def calls() -> Iterator[tuple[Any, ...]]:
+    """Arguments of pair_forward, each one plain or not as chance will have it."""
+    rng = random.Random(0)
+
+    def plainly() -> bool:
+        return rng.random() < 0.85
+
+    def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        n, offset = math.prod(shape), 0 if plainly() else 1  # off the 16 bytes
+        made = torch.zeros(2 * n + offset, dtype=dtype)
+        if plainly():
+            return made[offset : offset + n].view(shape)
+        return made[offset:].view(*shape, 2)[..., 0]
+
+    for _ in range(3000):
+        link = "mapo" if plainly() else "dpo_sigmoid"
+        shape = (2, 16) if plainly() else (4, 3, 5)
+        both = (2 * shape[0], *shape[1:])
+        dtypes = [torch.float32 if plainly() else torch.bfloat16 for _ in range(2)]
+        target = (tensor(*(shape if plainly() else both), dtype=dtypes[1]), None)
+        pred: launch.Operand = (tensor(*both, dtype=dtypes[0]), None)
+        if not plainly():
+            pred = (tensor(*shape, dtype=dtypes[0]), tensor(*shape, dtype=dtypes[0]))
+        ref = launch.ABSENT
+        if link == "dpo_sigmoid":
+            ref = (tensor(*(both if plainly() else both[:1]), dtype=dtypes[0]), None)
+        mask = launch.ABSENT if plainly() else (tensor(*shape, dtype=torch.bool), None)
+        scalars: list[float | torch.Tensor] = [0.5] * len(LINKS[link].hyper)
+        if not plainly():
+            each = (tensor(1)[0], tensor(shape[0]), tensor(1).expand(shape[0]))
+            scalars[-1] = rng.choice(each)
+        if not plainly():
+            scalars += [0.5] * len(KNOBS)
+        huber = None if plainly() else rng.choice((0.1, tensor(1)[0]))
+        yield link, scalars, pred, target, ref, mask, not plainly(), huber
+
+
+def kinds() -> tuple[int, int]:
+    """How many launches `calls` makes that a plan and `_kinds` tell apart, and how many the jit
+    does; raises where the jit would compile one of the former twice."""
+    seen: dict[Any, str] = {}
+    plans = []
+
+    def told(
+        kernel: Any, plan: Any, device: Any, pointers: Any, numbers: Any, tensors: Any,
+        strides: Any = (),
+    ) -> None:  # fmt: skip
+        plans.append(plan)  # as long as it lives, its id is its own
+        key = (id(plan), *launch._kinds(device, (*pointers, *tensors), strides))
+        arguments = (*pointers, *numbers, *plan.arguments)
+        kernel[plan.grid](*arguments)
+        made = str(specialized(kernel, TARGETS["sm_90"]))
+        assert seen.setdefault(key, made) == made, (key, seen[key], made)
+
+    with recorded(), mock.patch.object(launch, "_launch", told):
+        for link, scalars, pred, target, ref, mask, swap, huber in calls():
+            loss, stats = launch.pair_forward(link, scalars, pred, target, ref, mask, swap, huber)
+            needed = (True, pred[1] is None or swap)
+            launch.pair_backward(loss, stats, pred, target, mask, swap, huber, needed)
+    return len(seen), len(set(seen.values()))
 
 
 if __name__ == "__main__":

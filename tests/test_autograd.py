@@ -140,8 +140,7 @@ def test_compile_other_batch_sizes(form: str, impl: Impl, device: torch.device) 
 def check_ops(forward: tuple[Any, ...], operands: tuple[Any, ...], halves: bool) -> None:
     torch.library.opcheck(torch.ops.fastpref.pair_forward.default, forward)
     loss, stats = torch.ops.fastpref.pair_forward(*forward)
-    huber_c, swap = forward[3], forward[7]
-    backward = (torch.ones_like(loss), stats, huber_c, None, True, halves, swap, *operands)
+    backward = (torch.ones_like(loss), stats, *operands, *forward[11:14], True, halves)
     torch.library.opcheck(torch.ops.fastpref.pair_backward.default, backward)
 
 
@@ -157,15 +156,18 @@ def test_opcheck(shared: bool, halves: bool, device: torch.device) -> None:
     for reduction in ("mean", "none"):
         tensors = [None, None, beta if reduction == "none" else None]
         numbers = [0.5, 1000.0, 0.1]
-        options: tuple[Any, ...] = ("mapo", numbers, tensors, None, None, reduction, "mean", False)
         absent = (None, None)
+        options: tuple[Any, ...] = (False, None, None, reduction, "mean")
         operands = (*preds, *targets, *absent)
-        check_ops((*options, *operands, *absent), operands, halves)
-        options = ("dpo_sigmoid", [0.1], [None], 0.5, None, reduction, "sum", True)
-        operands = (*preds, *targets, target > 0, None)
-        check_ops((*options, *operands, *preds), operands, halves)
+        forward = ("mapo", numbers, tensors, *preds, *targets, *absent, *absent, *options)
+        check_ops(forward, operands, halves)
+        masks = (target > 0, None)
+        operands = (*preds, *targets, *masks)
         errors = torch.rand(6, device=device)
-        check_ops((*options, *operands, errors, None), operands, halves)
+        for ref in (preds, (errors, None)):
+            options = (True, 0.5, None, reduction, "sum")
+            forward = ("dpo_sigmoid", [0.1], [None], *preds, *targets, *ref, *masks, *options)
+            check_ops(forward, operands, halves)
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])

@@ -278,3 +278,27 @@ except ValueError as error:
     result = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
     assert result.stdout.startswith('impl is "triton", but tensors are on the CPU')
     assert "TRITON_INTERPRET=1" in result.stdout
+
+
+@pytest.mark.parametrize("wrong", ["target", "ref_pred"])
+def test_what_passed_before_does_not_excuse_what_comes(wrong: str) -> None:
+    """Tensors that differ in but one thing from those of the step before are looked at."""
+    tensors: dict[str, Any] = {
+        name: torch.zeros(4, 3, 5) for name in ("model_pred", "target", "ref_pred")
+    }
+    fastpref.dpo_loss(**tensors)
+    for bad in (torch.zeros(4, 3, 6), torch.zeros(4, 3, 5).int(), torch.zeros(4, 3, 5).tolist()):
+        with pytest.raises((ValueError, TypeError), match=wrong):
+            fastpref.dpo_loss(**{**tensors, wrong: bad})
+    with_gradient = {**tensors, wrong: torch.zeros(4, 3, 5, requires_grad=True)}
+    with torch.no_grad():  # where it does no harm, and passes
+        fastpref.dpo_loss(**with_gradient)
+    with pytest.raises(ValueError, match=f"{wrong} requires a gradient"):
+        fastpref.dpo_loss(**with_gradient)
+
+
+def test_a_number_that_equals_one_that_passed_is_looked_at() -> None:
+    pred, target = torch.zeros(4, 3), torch.zeros(2, 3)
+    fastpref.mapo_loss(pred, target, beta=1.0)
+    with pytest.raises(TypeError, match="beta is a bool"):
+        fastpref.mapo_loss(pred, target, beta=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fastpref
 import oracles
+from aot import unplanned
 from fastpref.pairs import Halves
 from fastpref_kernels import LINKS
 from fastpref_kernels.launch import INTERPRETED
@@ -229,7 +230,8 @@ def test_more_pairs_than_programs(device: torch.device, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(launch, "MAX_PROGRAMS", 2)
     pred_w, pred_l, target_w, target_l = draw((3, 5000), FP32, FP32, device)
-    check((pred_w, pred_l), (target_w, target_l))
+    with unplanned():
+        check((pred_w, pred_l), (target_w, target_l))
 
 
 def test_more_parts_than_one_tile(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +239,8 @@ def test_more_parts_than_one_tile(device: torch.device, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(launch, "BLOCK", 16)
     pred_w, pred_l, target_w, target_l = draw((2, 16 * 70 + 3), FP32, FP32, device)
-    check((pred_w, pred_l), (target_w, target_l))
+    with unplanned():
+        check((pred_w, pred_l), (target_w, target_l))
 
 
 @pytest.mark.parametrize("inner", [False, True])
@@ -262,7 +265,8 @@ def test_64_bit_indices_inside_a_row(
 
     monkeypatch.setattr(launch, "INT32_ELEMENTS", 0)
     pred_w, pred_l, target_w, target_l = draw((2, 4, 20, 20), FP32, BF16, device)
-    check(layout(torch.cat([pred_w, pred_l])), torch.cat([target_w, target_l]))
+    with unplanned():
+        check(layout(torch.cat([pred_w, pred_l])), torch.cat([target_w, target_l]))
 
 
 def test_negated_views(device: torch.device) -> None:

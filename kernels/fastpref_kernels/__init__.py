@@ -7,6 +7,6 @@ from .special import TRITON_MISSING
 __all__ = ["KNOBS", "LINKS", "TRITON_MISSING", "Link"]
 
 if not TRITON_MISSING:
-    from .launch import Operands, pair_backward, pair_forward
+    from .launch import pair_backward, pair_forward
 
-    __all__ += ["Operands", "pair_backward", "pair_forward"]
+    __all__ += ["pair_backward", "pair_forward"]

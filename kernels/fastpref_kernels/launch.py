@@ -3,17 +3,18 @@ is allocated."""
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from . import pair
-from .links import Link
+from .links import LINKS
 
 # Whether TRITON_INTERPRET was set when Triton was imported.
 INTERPRETED = not isinstance(pair.pair_fwd, triton.JITFunction)
@@ -31,25 +32,26 @@ Strides = tuple[tuple[int, ...], tuple[int, ...]]  # of winners and losers
 ABSENT: Operand = (None, None)
 
 
-class Operands(NamedTuple):
-    """What the kernels read, for B pairs.
+class Plan(NamedTuple):
+    """What of a launch follows from the sizes and strides of its tensors, which are the same at
+    every step."""
 
-    ref: the reference's predictions, or of one dimension, its errors. mask: expanded to pred's
-    sizes. swap: the losers come first.
-    """
-
-    pred: Operand
-    target: Operand
-    ref: Operand = ABSENT
-    mask: Operand = ABSENT
-    swap: bool = False
+    grid: tuple[int, int, int]
+    arguments: tuple[Any, ...]  # the kernel's last ones, in its order
+    launchers: dict[Any, Callable[..., None]]  # of the compiled kernels, by all else that matters
+    loss: tuple[int, ...] = ()  # sizes of what is allocated
+    stats: tuple[int, ...] = ()
+    partials: tuple[int, ...] = ()
 
 
 def pair_forward(
-    link: Link,
-    values: Sequence[float],
-    tensors: Sequence[Tensor | None],
-    operands: Operands,
+    link: str,
+    scalars: Sequence[float | Tensor],
+    pred: Operand,
+    target: Operand,
+    ref: Operand = ABSENT,
+    mask: Operand = ABSENT,
+    swap: bool = False,
     huber_c: float | Tensor | None = None,
     reduction: str = "mean",
     error_reduction: str = "mean",
@@ -57,13 +59,66 @@ def pair_forward(
     """One launch: the loss, () or (B,) for reduction "none", and stats (5, B): mse_w, mse_l,
     margin, and the factors of the gradient; with predictions of a reference (7, B), its errors.
 
-    `values` are the link's hyper-parameters and then, all or none, the knobs; a tensor in
-    `tensors`, of shape () or (B,), goes before.
+    scalars: the link's hyper-parameters and then, all or none, the knobs: numbers, or tensors of
+    shape () or (B,). ref: predictions, or of one dimension, errors. mask: expanded to pred's sizes.
+    swap: the losers come first.
     """
-    pred, target, ref, mask, swap = operands
-    first = pred[0]
-    assert first is not None
-    device = first.device
+    plan = _plan_forward(
+        link, reduction, error_reduction, swap,
+        *[t if t is None else (t.shape, t.stride()) for t in (*pred, *target, *ref, *mask)],
+    )  # fmt: skip
+    device = pred[0].device  # type: ignore[union-attr]
+    loss = torch.empty(plan.loss, dtype=torch.float32, device=device)
+    stats = torch.empty(*plan.stats, dtype=torch.float32, device=device)
+    partials = torch.empty(*plan.partials, dtype=torch.float32, device=device)
+    pointers = (
+        *_pointers(pred, swap), *_pointers(target, swap),
+        *_pointers(ref, swap), *_pointers(mask, swap),
+        loss, stats, partials, _ticket(device),
+    )  # fmt: skip
+    values, tensors, strides = _scalars(scalars)
+    huber = _huber(huber_c)
+    numbers = (values, tensors, strides, huber)
+    _launch(pair.pair_fwd, plan, device, pointers, numbers, (*tensors, *huber[1:]), strides)
+    return loss, stats
+
+
+def pair_backward(
+    grad_loss: Tensor,
+    stats: Tensor,
+    pred: Operand,
+    target: Operand,
+    mask: Operand = ABSENT,
+    swap: bool = False,
+    huber_c: float | Tensor | None = None,
+    needed: tuple[bool, bool] = (True, True),
+) -> tuple[Tensor | None, Tensor | None]:
+    """One launch: the gradients of `pred`'s tensors, where needed, in their dtype and layout."""
+    grad = torch.empty_like(pred[0]) if needed[0] and pred[0] is not None else None
+    grad_l = torch.empty_like(pred[1]) if needed[1] and pred[1] is not None else None
+    plan = _plan_backward(
+        swap,
+        *[t if t is None else (t.shape, t.stride()) for t in (*pred, *target, *mask, grad, grad_l)],
+    )
+    grads = (grad, grad if pred[1] is None else grad_l)
+    pointers = (
+        *_pointers(pred, swap), *_pointers(target, swap), *_pointers(mask, swap),
+        *(grads[::-1] if swap else grads), grad_loss, stats,
+    )  # fmt: skip
+    huber = _huber(huber_c)
+    numbers = (huber, _stride(grad_loss))
+    _launch(pair.pair_bwd, plan, stats.device, pointers, numbers, huber[1:])
+    return grad, grad_l
+
+
+Laid = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides of a tensor
+
+
+@functools.lru_cache(4096)
+def _plan_forward(
+    link: str, reduction: str, error_reduction: str, swap: bool, *laid: Laid | None
+) -> Plan:
+    pred, target, ref, mask = _operands(laid)
     n_pairs, n_elements = _count(pred)
     n_programs = _programs(n_pairs, n_elements)
     ref_errors = ref[0] is not None and ref[0].dim() == 1
@@ -75,55 +130,48 @@ def pair_forward(
         ref_w, ref_l = _pointers(ref, swap)
         strides[2] = (_stride(ref_w),), (_stride(ref_l),)
     kinds = 2 + 4 * paired + 2 * (mask[0] is not None)
-    loss = torch.empty(
-        (n_pairs,) if reduction == "none" else (), dtype=torch.float32, device=device
-    )
-    stats = torch.empty((7 if paired else 5, n_pairs), dtype=torch.float32, device=device)
-    partials = torch.empty(kinds * n_pairs * n_programs, dtype=torch.float32, device=device)
-    with _current(device):
-        pair.pair_fwd[(n_pairs * n_programs,)](
-            *_pointers(pred, swap), *_pointers(target, swap),
-            *_pointers(ref, swap), *_pointers(mask, swap),
-            loss, stats, partials, _ticket(device),
-            tuple(values), tuple(tensors), tuple([_stride(t) for t in tensors]), _huber(huber_c),
-            n_pairs, n_elements, n_programs, sizes, *strides,
-            1.0 / n_pairs if reduction == "mean" else 1.0,
-            SCORE=link.score.triton, SHAPE=link.shape.triton, N_SCORE=len(link.score.hyper),
-            N_HYPER=len(link.hyper), SFT_WEIGHT=link.sft_weight, REDUCE=reduction != "none",
-            MEAN=error_reduction == "mean", PRED=_form(pred, n_pairs, swap),
-            TARGET=_form(target, n_pairs, swap), REF=_form(ref, n_pairs, swap),
-            REF_ERRORS=ref_errors, MASK=_form(mask, n_pairs, swap),
-            WIDE=wide, BLOCK=BLOCK, PAIRS=PAIRS, PARTS=PARTS, num_warps=NUM_WARPS,
-        )  # fmt: skip
-    return loss, stats
+    score, shape, hyper, sft_weight, _ = LINKS[link]
+    return Plan(
+        grid=(n_pairs * n_programs, 1, 1),
+        arguments=(
+            n_pairs, n_elements, n_programs,
+            sizes, *strides, 1.0 / n_pairs if reduction == "mean" else 1.0,
+            score.triton, shape.triton, len(score.hyper), len(hyper),
+            sft_weight, reduction != "none", error_reduction == "mean",
+            _form(pred, n_pairs, swap), _form(target, n_pairs, swap),
+            _form(ref, n_pairs, swap), ref_errors,
+            _form(mask, n_pairs, swap), wide, BLOCK,
+            PAIRS, PARTS,
+        ),
+        launchers={},
+        loss=(n_pairs,) if reduction == "none" else (),
+        stats=(7 if paired else 5, n_pairs),
+        partials=(kinds * n_pairs * n_programs,),
+    )  # fmt: skip
 
 
-def pair_backward(
-    grad_loss: Tensor,
-    stats: Tensor,
-    operands: Operands,
-    huber_c: float | Tensor | None = None,
-    needed: tuple[bool, bool] = (True, True),
-) -> tuple[Tensor | None, Tensor | None]:
-    """One launch: the gradients of `pred`'s tensors, where needed, in their dtype and layout."""
-    pred, target, _, mask, swap = operands
+@functools.lru_cache(4096)
+def _plan_backward(swap: bool, *laid: Laid | None) -> Plan:
+    pred, target, mask, grads = _operands(laid)
     n_pairs, n_elements = _count(pred)
     n_programs = _programs(n_pairs, n_elements)
-    grad = torch.empty_like(pred[0]) if needed[0] and pred[0] is not None else None
-    grad_l = torch.empty_like(pred[1]) if needed[1] and pred[1] is not None else None
-    given = (pred[0] if grad is None else grad, pred[1] if grad_l is None else grad_l)
-    grads = (grad, grad if pred[1] is None else grad_l)
+    given = (pred[0] if grads[0] is None else grads[0], pred[1] if grads[1] is None else grads[1])
     sizes, strides, wide = _layout(n_elements, swap, pred, target, mask, given)
-    with _current(stats.device):
-        pair.pair_bwd[(n_pairs * n_programs,)](
-            *_pointers(pred, swap), *_pointers(target, swap), *_pointers(mask, swap),
-            *(grads[::-1] if swap else grads),
-            grad_loss, stats, _huber(huber_c), n_pairs, n_elements, n_programs,
-            _stride(grad_loss), sizes, *strides,
-            PRED=_form(pred, n_pairs, swap), TARGET=_form(target, n_pairs, swap),
-            MASK=_form(mask, n_pairs, swap), WIDE=wide, BLOCK=BLOCK, num_warps=NUM_WARPS,
-        )  # fmt: skip
-    return grad, grad_l
+    return Plan(
+        grid=(n_pairs * n_programs, 1, 1),
+        arguments=(
+            n_pairs, n_elements, n_programs, sizes, *strides,
+            _form(pred, n_pairs, swap), _form(target, n_pairs, swap), _form(mask, n_pairs, swap),
+            wide, BLOCK,
+        ),
+        launchers={},
+    )  # fmt: skip
+
+
+def _operands(laid: Sequence[Laid | None]) -> Iterator[Operand]:
+    """Operands laid out so, on no device."""
+    tensors = [None if t is None else torch.empty_strided(*t, device="meta") for t in laid]
+    return zip(tensors[::2], tensors[1::2], strict=True)
 
 
 def _count(pred: Operand) -> tuple[int, int]:
@@ -155,6 +203,15 @@ def _form(operand: Operand, n_pairs: int, swap: bool) -> str | None:
 
 def _stride(scalar: Tensor | None) -> int:
     return scalar.stride(0) if scalar is not None and scalar.dim() else 0
+
+
+def _scalars(scalars: Sequence[float | Tensor]) -> tuple[tuple[Any, ...], ...]:
+    """(values, tensors that go before them, their strides)"""
+    if {*map(type, scalars)} == {float}:
+        return tuple(scalars), (None,) * len(scalars), (0,) * len(scalars)
+    tensors = tuple([s if isinstance(s, Tensor) else None for s in scalars])
+    values = tuple([0.0 if isinstance(s, Tensor) else float(s) for s in scalars])
+    return values, tensors, tuple([_stride(t) for t in tensors])
 
 
 def _huber(huber_c: float | Tensor | None) -> tuple[Any, ...]:
@@ -205,15 +262,41 @@ def _merged(tensors: Sequence[Tensor]) -> list[tuple[int, tuple[int, ...]]]:
     return merged
 
 
-_HERE = contextlib.nullcontext()
+def _launch(
+    kernel: Any,
+    plan: Plan,
+    device: torch.device,
+    pointers: tuple[Tensor | None, ...],
+    numbers: tuple[Any, ...],
+    tensors: tuple[Tensor | None, ...],
+    strides: tuple[int, ...] = (),
+) -> None:
+    """The kernel takes pointers, numbers, and then what is in the plan. Among the numbers are
+    `tensors` and their `strides`."""
+    arguments = (*pointers, *numbers, *plan.arguments)
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        if module.current_device() != device.index:  # Triton launches where the process stands
+            with module.device(device.index):
+                return _launch(kernel, plan, device, pointers, numbers, tensors, strides)
+    kinds = None
+    if device.type == "cuda" and not torch.version.hip:
+        kinds = _kinds(device, (*pointers, *tensors), strides)
+    if launcher := plan.launchers.get(kinds):
+        launcher(*arguments)
+        return
+    compiled = kernel[plan.grid](*arguments, num_warps=NUM_WARPS)
+    if kinds is not None and isinstance(compiled, CompiledKernel):
+        plan.launchers[kinds] = compiled[plan.grid]
 
 
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    if device.type == "cpu":
-        return _HERE
-    module = torch.get_device_module(device)
-    return _HERE if module.current_device() == device.index else module.device(device.index)
+def _kinds(
+    device: torch.device, tensors: tuple[Tensor | None, ...], strides: tuple[int, ...]
+) -> tuple[Any, ...]:
+    """All that a plan does not know and the jit looks at, on NVIDIA, to find the kernel that it
+    compiled for such arguments. It looks at each of some 40, which takes longer than the launch."""
+    each = [t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
+    return (device.index, strides, *each)
 
 
 _tickets: dict[tuple[int | None, int], Tensor] = {}

@@ -320,8 +320,8 @@ def _slope(diff, scale, weight, c, HUBER: tl.constexpr):
 
 @triton.jit(do_not_specialize=[*_COUNTS, "grad_stride"])
 def pair_bwd(
-    pred_w, pred_l, target_w, target_l, mask_w, mask_l, grad_w, grad_l, grad_loss, stats, huber,
-    n_pairs, n_elements, n_programs, grad_stride,
+    pred_w, pred_l, target_w, target_l, mask_w, mask_l, grad_w, grad_l, grad_loss, stats,
+    huber, grad_stride, n_pairs, n_elements, n_programs,
     sizes, pred_strides, target_strides, mask_strides, grad_strides,
     PRED: tl.constexpr, TARGET: tl.constexpr, MASK: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
