@@ -25,6 +25,7 @@ study: $(READY)
 bench: $(READY)
 	$(VENV)/bin/python benchmarks/bench_loss.py
 	$(VENV)/bin/python benchmarks/host_cost.py
+	$(VENV)/bin/python benchmarks/launch_cost.py
 	$(VENV)/bin/python benchmarks/recompilations.py
 	$(VENV)/bin/python benchmarks/bench_step.py
 	$(VENV)/bin/python benchmarks/report.py
