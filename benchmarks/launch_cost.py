@@ -83,8 +83,13 @@ def launches(link: str) -> list[tuple[Any, ...]]:
 
 
 def main() -> None:
+    ticket = torch.zeros(1, dtype=torch.int32)
+
     def module(device: torch.device) -> SimpleNamespace:
         return DRIVER
+
+    def kept(device: torch.device) -> torch.Tensor:
+        return ticket
 
     driver.set_active(DRIVER)
     about = environment()
@@ -92,13 +97,16 @@ def main() -> None:
     with (
         mock.patch.object(triton.JITFunction, "_do_compile", compiled),
         mock.patch.object(torch, "get_device_module", new=module),
+        mock.patch.object(launch, "_ticket", new=kept),
     ):
         for link in PUBLISHED:
             for kernel, plan, device, pointers, numbers, *others in launches(link):
 
                 def by_jit(
                     kernel: Any = kernel, grid: Any = plan.grid,
-                    arguments: Any = (*pointers, *numbers, *plan.arguments),
+                    arguments: Any = (
+                        *pointers, *[ticket] * plan.ticket, *numbers, *plan.arguments,
+                    ),
                 ) -> None:  # fmt: skip
                     kernel[grid](*arguments, num_warps=launch.NUM_WARPS)
 

@@ -41,6 +41,8 @@ class Pairs(NamedTuple):
         return self.ref[0] is not None and self.ref[0].dim() > 1
 
 
+_ABSENT: Operand = (None, None)
+
 _passed: dict[Any, tuple[int, bool]] = {}  # n_pairs and wide, by all that a check looks at
 
 
@@ -57,31 +59,16 @@ def check_pairs(
     Tensors alone, without halves or masks, pass if such have passed before.
     """
     given: Any = (model_pred, target) if ref_pred is None else (model_pred, target, ref_pred)
-    alone = ref_mse is None and mask is None and {*map(type, given)} == {Tensor}
-    if not alone or torch.compiler.is_compiling():
-        return _check_pairs(model_pred, target, ref_pred, ref_mse, mask, swap)
-    such = [(t.shape, t.dtype, t.device, t.requires_grad, t.is_neg()) for t in given]
-    key = (torch.is_grad_enabled(), *such)
-    if key in _passed:
-        n_pairs, wide = _passed[key]
-        (pred, goal), ref = given[:2], given[2] if len(given) == 3 else None
-        return Pairs((pred, None), (goal, None), (ref, None), (None, None), n_pairs, wide, swap)
-    pairs = _check_pairs(model_pred, target, ref_pred, None, None, swap)
-    if not any(t.is_neg() for t in given):
-        if len(_passed) == 4096:
-            _passed.clear()
-        _passed[key] = pairs.n_pairs, pairs.wide
-    return pairs
-
-
-def _check_pairs(
-    model_pred: Halves,
-    target: Halves,
-    ref_pred: Halves | None = None,
-    ref_mse: Halves | None = None,
-    mask: Halves | None = None,
-    swap: bool = False,
-) -> Pairs:
+    alone = not torch.compiler.is_compiling() and ref_mse is None and mask is None
+    key, ref, masks = None, _ABSENT, _ABSENT
+    if alone and {*map(type, given)} == {Tensor} and not any(map(Tensor.is_neg, given)):
+        such = [(t.shape, t.dtype, t.device, t.requires_grad) for t in given]
+        key = (torch.is_grad_enabled(), *such)
+        if passed := _passed.get(key):
+            n_pairs, wide = passed
+            pred, goal, *_ = given
+            ref = _ABSENT if ref_pred is None else (given[2], None)
+            return Pairs((pred, None), (goal, None), ref, masks, n_pairs, wide, swap)
     pred_w, pred_l = _operand("model_pred", model_pred)
     n_samples, *sample = pred_w.shape
     if pred_w.numel() == 0:
@@ -98,7 +85,6 @@ def _check_pairs(
     target_w, target_l = _operand("target", target)
     _check_shape("target", target_w, target_l, n_pairs, sample, may_share=True)
     constants = [("target", target_w), ("target[1]", target_l)]
-    ref: Operand = (None, None)
     if ref_pred is not None:
         ref = ref_w, ref_l = _operand("ref_pred", ref_pred)
         _check_shape("ref_pred", ref_w, ref_l, n_pairs, sample)
@@ -109,7 +95,6 @@ def _check_pairs(
         ref = ref_w, ref_l = _operand("ref_mse", ref_mse, min_dim=1)
         _check_shape("ref_mse", ref_w, ref_l, n_pairs, [])
         constants += [("ref_mse", ref_w), ("ref_mse[1]", ref_l)]
-    masks: Operand = (None, None)
     if mask is not None:
         mask_w, mask_l = _operand("mask", mask, dtypes=(torch.bool, *_DTYPES))
         _check_shape("mask", mask_w, mask_l, n_pairs, sample, may_share=True, broadcast=True)
@@ -121,6 +106,10 @@ def _check_pairs(
     shared = target_l is target_w
     operands = (pred_w, pred_l, target_w, target_l, *(ref if ref_pred is not None else ()))
     wide = any(t is not None and t.dtype == torch.float64 for t in operands)
+    if key is not None:
+        if len(_passed) >= 4096:
+            _passed.clear()
+        _passed[key] = n_pairs, wide
     return Pairs(
         (pred_w, pred_l), (target_w, None if shared else target_l), ref, masks, n_pairs, wide, swap
     )
@@ -135,7 +124,7 @@ def check_errors(mse: Halves, ref_mse: Halves | None) -> tuple[Operand, Operand,
             "first, or a tuple of (B,) each, is needed"
         )
     n_pairs = mse_w.shape[0] // 2 if mse_l is None else mse_w.shape[0]
-    ref: Operand = (None, None)
+    ref = _ABSENT
     if ref_mse is not None:
         ref = ref_w, ref_l = _operand("ref_mse", ref_mse, min_dim=1)
         _check_shape("ref_mse", ref_w, ref_l, n_pairs, [], owner="mse")

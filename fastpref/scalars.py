@@ -42,7 +42,7 @@ _PLAIN = {float, int}  # not bool, which would be found in the cache as the 0 or
 @functools.lru_cache(1024)
 def _check_plain(name: str, given: tuple[tuple[str, float], ...]) -> Sequence[Scalar]:
     """Numbers alone, which are the same at every step or nearly so."""
-    return _check(name, dict(given), None, 0, torch.device("cpu"), False)
+    return tuple(_check(name, dict(given), None, 0, torch.device("cpu"), False))
 
 
 def _check(

@@ -229,44 +229,51 @@ def specializations(*links: str) -> set[tuple[str, ...]]:
 
 
 def calls() -> Iterator[tuple[Any, ...]]:
-    """Arguments of pair_forward, each one plain or not as chance will have it."""
+    """Arguments of pair_forward and a gradient of its loss, each plain or not, as chance has it."""
     rng = random.Random(0)
 
     def plainly() -> bool:
         return rng.random() < 0.85
 
-    def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def tensor(*shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         n, offset = math.prod(shape), 0 if plainly() else 1  # off the 16 bytes
+        dtype = dtype or (torch.float32 if plainly() else torch.bfloat16)
         made = torch.zeros(2 * n + offset, dtype=dtype)
         if plainly():
             return made[offset : offset + n].view(shape)
         return made[offset:].view(*shape, 2)[..., 0]
 
+    def number(n_pairs: int) -> torch.Tensor:
+        return rng.choice((tensor(1)[0], tensor(n_pairs), tensor(1).expand(n_pairs)))
+
     for _ in range(3000):
         link = "mapo" if plainly() else "dpo_sigmoid"
         shape = (2, 16) if plainly() else (4, 3, 5)
         both = (2 * shape[0], *shape[1:])
-        dtypes = [torch.float32 if plainly() else torch.bfloat16 for _ in range(2)]
-        target = (tensor(*(shape if plainly() else both), dtype=dtypes[1]), None)
-        pred: launch.Operand = (tensor(*both, dtype=dtypes[0]), None)
+        pred: launch.Operand = (tensor(*both), None)
         if not plainly():
-            pred = (tensor(*shape, dtype=dtypes[0]), tensor(*shape, dtype=dtypes[0]))
+            pred = (tensor(*shape), tensor(*shape))
+        target: launch.Operand = (tensor(*(shape if plainly() else both)), None)
+        if not plainly():
+            target = (tensor(*shape), tensor(*shape))
         ref = launch.ABSENT
         if link == "dpo_sigmoid":
-            ref = (tensor(*(both if plainly() else both[:1]), dtype=dtypes[0]), None)
-        mask = launch.ABSENT if plainly() else (tensor(*shape, dtype=torch.bool), None)
-        scalars: list[float | torch.Tensor] = [0.5] * len(LINKS[link].hyper)
+            ref = (tensor(*(both if plainly() else both[:1])), None)
+        mask = launch.ABSENT
         if not plainly():
-            each = (tensor(1)[0], tensor(shape[0]), tensor(1).expand(shape[0]))
-            scalars[-1] = rng.choice(each)
+            mask = (tensor(*shape, dtype=rng.choice((torch.bool, torch.float32))), None)
+        scalars: list[float | torch.Tensor] = [0.5 if plainly() else 16] * len(LINKS[link].hyper)
+        if not plainly():
+            scalars[-1] = number(shape[0])
         if not plainly():
             scalars += [0.5] * len(KNOBS)
-        huber = None if plainly() else rng.choice((0.1, tensor(1)[0]))
-        yield link, scalars, pred, target, ref, mask, not plainly(), huber
+        huber = None if plainly() else rng.choice((0.1, 1, 16, tensor(1)[0]))
+        grad = tensor(1)[0] if plainly() else number(shape[0])
+        yield link, scalars, pred, target, ref, mask, not plainly(), huber, grad
 
 
-def kinds() -> tuple[int, int]:
-    """How many launches `calls` makes that a plan and `_kinds` tell apart, and how many the jit
+def signatures() -> tuple[int, int]:
+    """How many launches `calls` makes that a plan and `_signature` tell apart, and how many the jit
     does; raises where the jit would compile one of the former twice."""
     seen: dict[Any, str] = {}
     plans = []
@@ -276,17 +283,17 @@ def kinds() -> tuple[int, int]:
         strides: Any = (),
     ) -> None:  # fmt: skip
         plans.append(plan)  # as long as it lives, its id is its own
-        key = (id(plan), *launch._kinds(device, (*pointers, *tensors), strides))
-        arguments = (*pointers, *numbers, *plan.arguments)
-        kernel[plan.grid](*arguments)
+        key = (id(plan), *launch._signature(device, (*pointers, *tensors), strides))
+        ticket = (torch.zeros(1, dtype=torch.int32),) * plan.ticket
+        kernel[plan.grid](*pointers, *ticket, *numbers, *plan.arguments)
         made = str(specialized(kernel, TARGETS["sm_90"]))
         assert seen.setdefault(key, made) == made, (key, seen[key], made)
 
     with recorded(), mock.patch.object(launch, "_launch", told):
-        for link, scalars, pred, target, ref, mask, swap, huber in calls():
-            loss, stats = launch.pair_forward(link, scalars, pred, target, ref, mask, swap, huber)
+        for link, scalars, pred, target, ref, mask, swap, huber, grad in calls():
+            _, stats = launch.pair_forward(link, scalars, pred, target, ref, mask, swap, huber)
             needed = (True, pred[1] is None or swap)
-            launch.pair_backward(loss, stats, pred, target, mask, swap, huber, needed)
+            launch.pair_backward(grad, stats, pred, target, mask, swap, huber, needed)
     return len(seen), len(set(seen.values()))
 
 

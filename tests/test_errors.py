@@ -287,7 +287,8 @@ def test_what_passed_before_does_not_excuse_what_comes(wrong: str) -> None:
         name: torch.zeros(4, 3, 5) for name in ("model_pred", "target", "ref_pred")
     }
     fastpref.dpo_loss(**tensors)
-    for bad in (torch.zeros(4, 3, 6), torch.zeros(4, 3, 5).int(), torch.zeros(4, 3, 5).tolist()):
+    right = tensors[wrong]
+    for bad in (torch.zeros(4, 3, 6), right.int(), right.to("meta"), right.tolist()):
         with pytest.raises((ValueError, TypeError), match=wrong):
             fastpref.dpo_loss(**{**tensors, wrong: bad})
     with_gradient = {**tensors, wrong: torch.zeros(4, 3, 5, requires_grad=True)}

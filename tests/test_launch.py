@@ -20,6 +20,7 @@ from triton.compiler import CompiledKernel
 
 import fastpref
 from aot import unplanned
+from fastpref import pairs, scalars
 from fastpref_kernels import KNOBS, LINKS, launch, pair
 
 interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="counts in the interpreter")
@@ -159,7 +160,8 @@ def test_every_element_is_read_once(
 
 
 def test_a_launch_makes_the_tensors_device_current(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton launches where the process stands: if that is elsewhere, it moves, and back."""
+    """Triton launches, and captures are asked about, where the process stands: if that is
+    elsewhere, it moves, and back."""
     visited: list[str] = []
     here = [0]
 
@@ -173,11 +175,17 @@ def test_a_launch_makes_the_tensors_device_current(monkeypatch: pytest.MonkeyPat
 
     module = SimpleNamespace(current_device=lambda: here[-1], device=moved)
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
-    plan = launch.Plan((1, 1, 1), (), {})
+
+    def ticket(device: torch.device) -> None:
+        visited.append(f"ticket of {device.index}")
+
+    monkeypatch.setattr(launch, "_ticket", ticket)
+    plan = launch.Plan((1, 1, 1), (), {}, ticket=True)
     for index in (0, 1):
-        kernel = {(1, 1, 1): lambda i, num_warps: visited.append(f"launch for {i}")}
+        kernel = {(1, 1, 1): lambda t, i, num_warps: visited.append(f"launch for {i}")}
         launch._launch(kernel, plan, torch.device("cuda", index), (), (index,), ())
-    assert visited == ["launch for 0", "to 1", "launch for 1", "back"]
+    here_then_there = ["ticket of 0", "launch for 0", "to 1", "ticket of 1", "launch for 1", "back"]
+    assert visited == here_then_there
 
 
 def test_tickets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,15 +325,18 @@ def test_the_next_step_works_nothing_out_again(name: str, device: torch.device) 
             sys.setprofile(None)
         return Counter(called)
 
-    checks, number, plans = "_check_pairs", "check_scalar", ("_plan_forward", "_plan_backward")
-    width = 9 if name == "mapo" else 11  # such as no other test has
-    step(width, 0.125)
-    again = step(width, 0.125)
-    assert not again.keys() & {checks, number, *plans, "_layout"}
+    for found in (launch._plan_forward, launch._plan_backward, scalars._check_plain):
+        found.cache_clear()  # what other tests have left
+    pairs._passed.clear()
+    tensors, number, plans = "_operand", "check_scalar", ("_plan_forward", "_plan_backward")
+    everything = {tensors, number, *plans}
+    assert step(9, 0.125).keys() & everything == everything
+    again = step(9, 0.125)
+    assert not again.keys() & {*everything, "_layout"}
     assert again.total() < 40
-    assert step(width, 0.25).keys() & {checks, number, *plans} == {number}
-    assert step(width, 0.25, "channels_last").keys() & {checks, number, *plans} == {*plans}
-    assert step(width + 2, 0.25).keys() & {checks, number, *plans} == {checks, *plans}
+    assert step(9, 0.25).keys() & everything == {number}
+    assert step(9, 0.25, "channels_last").keys() & everything == {*plans}
+    assert step(11, 0.25).keys() & everything == {tensors, *plans}
 
 
 def test_host_cost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,7 +373,9 @@ def test_50_shapes_compile_one_kernel() -> None:
 
 def test_launchers_tell_apart_what_the_jit_does() -> None:
     """A compiled kernel is launched again only where the jit would have found just that one."""
-    told_apart, compiled = map(int, without_interpreter("import aot; print(*aot.kinds())").split())
+    told_apart, compiled = map(
+        int, without_interpreter("import aot; print(*aot.signatures())").split()
+    )
     assert told_apart > compiled > 100
 
 

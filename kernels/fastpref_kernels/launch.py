@@ -33,12 +33,13 @@ ABSENT: Operand = (None, None)
 
 
 class Plan(NamedTuple):
-    """What of a launch follows from the sizes and strides of its tensors, which are the same at
-    every step."""
+    """What of a launch follows from its link and the sizes and strides of its tensors, which are
+    the same at every step."""
 
     grid: tuple[int, int, int]
     arguments: tuple[Any, ...]  # the kernel's last ones, in its order
-    launchers: dict[Any, Callable[..., None]]  # of the compiled kernels, by all else that matters
+    launchers: dict[Any, Callable[..., None]]  # of the compiled kernels, by `_signature`
+    ticket: bool = False  # whether the kernel takes one
     loss: tuple[int, ...] = ()  # sizes of what is allocated
     stats: tuple[int, ...] = ()
     partials: tuple[int, ...] = ()
@@ -69,12 +70,12 @@ def pair_forward(
     )  # fmt: skip
     device = pred[0].device  # type: ignore[union-attr]
     loss = torch.empty(plan.loss, dtype=torch.float32, device=device)
-    stats = torch.empty(*plan.stats, dtype=torch.float32, device=device)
+    stats = torch.empty(*plan.stats, dtype=torch.float32, device=device)  # read faster than a tuple
     partials = torch.empty(*plan.partials, dtype=torch.float32, device=device)
     pointers = (
         *_pointers(pred, swap), *_pointers(target, swap),
         *_pointers(ref, swap), *_pointers(mask, swap),
-        loss, stats, partials, _ticket(device),
+        loss, stats, partials,
     )  # fmt: skip
     values, tensors, strides = _scalars(scalars)
     huber = _huber(huber_c)
@@ -129,7 +130,7 @@ def _plan_forward(
     if ref_errors:
         ref_w, ref_l = _pointers(ref, swap)
         strides[2] = (_stride(ref_w),), (_stride(ref_l),)
-    kinds = 2 + 4 * paired + 2 * (mask[0] is not None)
+    n_sums = 2 + 4 * paired + 2 * (mask[0] is not None)
     score, shape, hyper, sft_weight, _ = LINKS[link]
     return Plan(
         grid=(n_pairs * n_programs, 1, 1),
@@ -144,9 +145,10 @@ def _plan_forward(
             PAIRS, PARTS,
         ),
         launchers={},
+        ticket=True,
         loss=(n_pairs,) if reduction == "none" else (),
         stats=(7 if paired else 5, n_pairs),
-        partials=(kinds * n_pairs * n_programs,),
+        partials=(n_sums * n_pairs * n_programs,),
     )  # fmt: skip
 
 
@@ -217,7 +219,7 @@ def _scalars(scalars: Sequence[float | Tensor]) -> tuple[tuple[Any, ...], ...]:
 def _huber(huber_c: float | Tensor | None) -> tuple[Any, ...]:
     if huber_c is None:
         return ()
-    return (0.0, huber_c) if isinstance(huber_c, Tensor) else (huber_c, None)
+    return (0.0, huber_c) if isinstance(huber_c, Tensor) else (float(huber_c), None)
 
 
 def _programs(n_pairs: int, n_elements: int) -> int:
@@ -271,30 +273,37 @@ def _launch(
     tensors: tuple[Tensor | None, ...],
     strides: tuple[int, ...] = (),
 ) -> None:
-    """The kernel takes pointers, numbers, and then what is in the plan. Among the numbers are
-    `tensors` and their `strides`."""
-    arguments = (*pointers, *numbers, *plan.arguments)
+    """The kernel takes pointers, its ticket, numbers, and then what is in the plan. Among the
+    numbers are `tensors` and their `strides`.
+
+    On NVIDIA the jit is asked once for each signature. Later launches do without it: its pre-run
+    hooks, and knobs that change what it compiles, are seen at the first one only.
+    """
     if device.type != "cpu":
         module = torch.get_device_module(device)
         if module.current_device() != device.index:  # Triton launches where the process stands
             with module.device(device.index):
                 return _launch(kernel, plan, device, pointers, numbers, tensors, strides)
-    kinds = None
+    if plan.ticket:
+        pointers = (*pointers, _ticket(device))
+    arguments = (*pointers, *numbers, *plan.arguments)
+    signature = None
     if device.type == "cuda" and not torch.version.hip:
-        kinds = _kinds(device, (*pointers, *tensors), strides)
-    if launcher := plan.launchers.get(kinds):
+        signature = _signature(device, (*pointers, *tensors), strides)
+    if launcher := plan.launchers.get(signature):
         launcher(*arguments)
         return
     compiled = kernel[plan.grid](*arguments, num_warps=NUM_WARPS)
-    if kinds is not None and isinstance(compiled, CompiledKernel):
-        plan.launchers[kinds] = compiled[plan.grid]
+    if signature is not None and isinstance(compiled, CompiledKernel):
+        plan.launchers[signature] = compiled[plan.grid]
 
 
-def _kinds(
+def _signature(
     device: torch.device, tensors: tuple[Tensor | None, ...], strides: tuple[int, ...]
 ) -> tuple[Any, ...]:
-    """All that a plan does not know and the jit looks at, on NVIDIA, to find the kernel that it
-    compiled for such arguments. It looks at each of some 40, which takes longer than the launch."""
+    """What the jit, on NVIDIA, looks at in the arguments that are not in a plan, to find what it
+    compiled for such; of numbers it sees that they are floats. It looks at all of some 40
+    arguments, which takes longer than the launch."""
     each = [t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
     return (device.index, strides, *each)
 
