@@ -46,9 +46,8 @@ def pair_loss(
 ) -> tuple[Tensor, Tensor]:
     """(loss, stats) by the kernels, as `reference.pair_loss`; stats have the factors of the
     gradient between the margin and the reference's errors."""
-    huber = (None, huber_c) if isinstance(huber_c, Tensor) else (huber_c, None)
-    constants = (pairs.target, pairs.ref, pairs.mask, pairs.swap)
-    options = (link, scalars, huber, reduction, error_reduction)
+    constants = (pairs.target, pairs.ref, pairs.mask, pairs.swap, huber_c)
+    options = (link, scalars, reduction, error_reduction)
     loss, stats = _PairLoss.apply(*pairs.pred, constants, options)
     # .data: whoever changes a metric in place does not touch what backward reads
     return loss, stats if torch.compiler.is_compiling() else stats.data
@@ -63,8 +62,9 @@ class _PairLoss(torch.autograd.Function):
         constants: tuple[Any, ...],  # one argument, as options: PyTorch looks at each
         options: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor]:
-        target, ref, mask, swap = constants
-        link, scalars, (huber_c, huber_t), *reductions = options
+        target, ref, mask, swap, huber = constants
+        link, scalars, *reductions = options
+        huber_c, huber_t = (None, huber) if isinstance(huber, Tensor) else (huber, None)
         if torch.compiler.is_compiling():
             values = [0.0 if isinstance(s, Tensor) else s for s in scalars]
             tensors = [s if isinstance(s, Tensor) else None for s in scalars]
@@ -73,7 +73,6 @@ class _PairLoss(torch.autograd.Function):
                 huber_c, huber_t, *reductions,
             )  # fmt: skip
         else:
-            huber = huber_c if huber_t is None else huber_t
             loss, stats = launch.pair_forward(
                 link, scalars, (pred, pred_l), target, ref, mask, swap, huber, *reductions
             )
