@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -100,21 +101,12 @@ def main() -> None:
         mock.patch.object(launch, "_ticket", new=kept),
     ):
         for link in PUBLISHED:
-            for kernel, plan, device, pointers, numbers, *others in launches(link):
-
-                def by_jit(
-                    kernel: Any = kernel, grid: Any = plan.grid,
-                    arguments: Any = (
-                        *pointers, *[ticket] * plan.ticket, *numbers, *plan.arguments,
-                    ),
-                ) -> None:  # fmt: skip
-                    kernel[grid](*arguments, num_warps=launch.NUM_WARPS)
-
-                def ours(call: Any = (kernel, plan, device, pointers, numbers, *others)) -> None:
-                    launch._launch(*call)
-
-                row = {"link": link, "kernel": kernel.__name__}
-                row |= {"jit_us": microseconds(by_jit), "fastpref_us": microseconds(ours)}
+            for call in launches(link):
+                kernel, plan, _, pointers, numbers, *_ = call
+                arguments = (*pointers, *[ticket] * plan.ticket, *numbers, *plan.arguments)
+                by_jit = partial(kernel[plan.grid], *arguments, num_warps=launch.NUM_WARPS)
+                row = {"link": link, "kernel": kernel.__name__, "jit_us": microseconds(by_jit)}
+                row["fastpref_us"] = microseconds(partial(launch._launch, *call))
                 assert plan.launchers
                 print(row)
                 rows.append(row | about)
