@@ -362,7 +362,8 @@ def build_in_process(rank: int, world: int, folder: Path) -> None:
         random_flip=True, batch_size=2, dtype=torch.float32, caption_columns=["caption"],
     )  # fmt: skip
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(cached))
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    os._exit(0)  # to destroy a gloo group joins its threads, one of which may wait for the GIL
 
 
 def keyed(folder: Path) -> dict[bytes, list[torch.Tensor]]:
