@@ -372,6 +372,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator.wait_for_everyone()
     with averaged(ema, parameters, unet):
         result = save_trained(args, accelerator, learning, output_dir)
+    accelerator.wait_for_everyone()  # gloo may abort a process that leaves right behind a gather
     if accelerator.is_main_process:
         curves = output_dir / "curves.png"
         title = f"{args.loss}, {journal.step} steps"

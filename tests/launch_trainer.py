@@ -70,3 +70,5 @@ if __name__ == "__main__":
         shard_on_a_cpu(words[1])
         words = words[2:]
     main(parse_args(words))
+    sys.stdout.flush()
+    os._exit(0)  # the interpreter's end may abort a thread of gloo that still waits for it
