@@ -68,7 +68,8 @@ def pair_forward(
         link, reduction, error_reduction, swap,
         *[t if t is None else (t.shape, t.stride()) for t in (*pred, *target, *ref, *mask)],
     )  # fmt: skip
-    device = pred[0].device  # type: ignore[union-attr]
+    assert pred[0] is not None
+    device = pred[0].device
     loss = torch.empty(plan.loss, dtype=torch.float32, device=device)
     stats = torch.empty(*plan.stats, dtype=torch.float32, device=device)  # read faster than a tuple
     partials = torch.empty(*plan.partials, dtype=torch.float32, device=device)
