@@ -77,7 +77,7 @@ def launches(link: str) -> list[tuple[Any, ...]]:
     ref = pred if LINKS[link].score.needs_ref else launch.ABSENT
     with mock.patch.object(launch, "_launch") as made:
         scalars = [0.1] * len(LINKS[link].hyper)
-        loss, stats = launch.pair_forward(link, scalars, pred, target, ref)
+        loss, stats = launch.pair_forward(LINKS[link], scalars, pred, target, ref)
         launch.pair_backward(loss, stats, pred, target, needed=(True, False))
     gpu = torch.device("cuda", 0)
     return [(kernel, plan, gpu, *rest) for (kernel, plan, _, *rest), _ in made.call_args_list]

@@ -7,6 +7,8 @@ _kernels = _Path(__file__).resolve().parent.parent / "kernels"
 if (_kernels / "fastpref_kernels").is_dir() and str(_kernels) not in _sys.path:
     _sys.path.insert(0, str(_kernels))  # a checkout, not installed: the kernels lie beside this
 
+from fastpref_kernels import register_link  # noqa: E402
+
 from . import inversion  # noqa: E402
 from .conventions import CONVENTIONS, convert_beta  # noqa: E402
 from .dispatch import LossOutput, losses_from_errors, pair_loss  # noqa: E402
@@ -73,6 +75,7 @@ __all__ = [
     "orpo_loss",
     "pair_loss",
     "pso_loss",
+    "register_link",
     "self_npo_loss",
     "seppo_loss",
     "sft_loss",

@@ -1,18 +1,19 @@
-"""The way of every loss from a user's arguments to an implementation, and what comes back."""
+"""Entry point of all losses: validate, choose Triton or PyTorch, return a LossOutput."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
 from fastpref_kernels import LINKS, TRITON_MISSING, Link
-from fastpref_kernels.knobs import pair_losses
+from fastpref_kernels.knobs import live, pair_losses
 
 from . import ops, reference
-from .pairs import Halves, Operand, Pairs, Scalar, check_errors, check_pairs, halves
+from .context import no_autocast, transformed
+from .pairs import Halves, Pairs, Scalar, check_errors, check_pairs, halves
 from .scalars import check_huber, check_scalars
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
@@ -53,12 +54,16 @@ class Knobs(UnsmoothedKnobs, total=False):
 
 
 class LossOutput(NamedTuple):
-    """What every loss returns, for B pairs. Only `loss` carries a gradient.
+    """What every loss returns, for B pairs. Only `loss` carries a gradient: to add a term of your
+    own, take it from your own errors (`losses_from_errors`), or use `sft_weight` and its kin.
 
     loss: (), or (B,) for reduction="none".
     mse_w, mse_l: (B,) mean squared error of the prediction, winner's and loser's.
     margin: (B,) logit of the preference; > 0 where the model prefers the winner.
     ref_mse_w, ref_mse_l: (B,) the reference model's errors; None for losses without a reference.
+    drop_w, drop_l: (B,) policy error minus reference error, negative where the model improved, and
+        None as above. With `ref_pred` they are summed from (model_pred - ref_pred) * (model_pred +
+        ref_pred - 2 * target), and so are exact where mse_w - ref_mse_w has cancelled.
     """
 
     loss: Tensor
@@ -67,15 +72,33 @@ class LossOutput(NamedTuple):
     margin: Tensor
     ref_mse_w: Tensor | None = None
     ref_mse_l: Tensor | None = None
+    drop_w: Tensor | None = None
+    drop_l: Tensor | None = None
 
-    def metrics(self) -> dict[str, Tensor]:
-        """What to log, as 0-d tensors on the device: nothing here waits for it. All are means over
-        pairs, but for the loss with reduction="sum", which is their sum.
+    @overload
+    def metrics(
+        self, *, gather: bool = False, as_floats: Literal[False] = False
+    ) -> dict[str, Tensor]: ...
+
+    @overload
+    def metrics(self, *, gather: bool = False, as_floats: Literal[True]) -> dict[str, float]: ...
+
+    def metrics(
+        self, *, gather: bool = False, as_floats: bool = False
+    ) -> dict[str, Tensor] | dict[str, float]:
+        """Training metrics: 0-d device tensors, with no host sync. All are means over pairs, except
+        for the loss with reduction="sum", which is their sum.
 
         accuracy: share of pairs with margin > 0; a tie counts one half.
-        gradient_factor: mean sigmoid(-margin). Of losses that are softplus(-margin) it is the
-        share of the preference gradient that is left: 1/2 for margins of 0, near 0 once they are
-        won (or beta is too large), near 1 if lost. Of others it says where the margins are.
+        gradient_factor: mean sigmoid(-margin). For losses that are softplus(-margin) it is the
+            share of the preference gradient that is left: 1/2 for margins of 0, near 0 once pairs
+            are won (or beta is too large), near 1 if they are lost. For others it says where the
+            margins are.
+
+        Args:
+            gather: average over all processes of torch.distributed's default group, weighted by
+                their numbers of pairs. All of them must call this. Without a group it does nothing.
+            as_floats: return Python floats, for a progress bar. This waits for the device once.
         """
         won = (self.margin > 0).float().mean() + (self.margin >= 0).float().mean()
         metrics = {
@@ -86,8 +109,17 @@ class LossOutput(NamedTuple):
             "accuracy": won / 2,
             "gradient_factor": torch.sigmoid(-self.margin).mean(),
         }
-        if self.ref_mse_w is not None and self.ref_mse_l is not None:
-            metrics |= {"ref_mse_w": self.ref_mse_w.mean(), "ref_mse_l": self.ref_mse_l.mean()}
+        for name in ("ref_mse_w", "ref_mse_l", "drop_w", "drop_l"):
+            value: Tensor | None = getattr(self, name)
+            if value is not None:
+                metrics[name] = value.mean()
+        if gather and torch.distributed.is_available() and torch.distributed.is_initialized():
+            n_pairs = self.margin.numel()
+            sums = torch.stack([n_pairs * value for value in (*metrics.values(), won / won)])
+            torch.distributed.all_reduce(sums)
+            metrics = dict(zip(metrics, (sums[:-1] / sums[-1]).unbind(), strict=True))
+        if as_floats:
+            return dict(zip(metrics, torch.stack([*metrics.values()]).tolist(), strict=True))
         return metrics
 
 
@@ -96,7 +128,7 @@ def pair_loss(
     target: Halves,
     ref_pred: Halves | None = None,
     *,
-    link: str,
+    link: str | Link,
     ref_mse: Halves | None = None,
     mask: Halves | None = None,
     sample_weight: Scalar | tuple[Scalar, Scalar] | None = None,
@@ -107,7 +139,8 @@ def pair_loss(
     impl: Impl = "auto",
     **scalars: Scalar,
 ) -> LossOutput:
-    """The general entry: the loss that `fastpref_kernels.LINKS` holds under the name `link`.
+    """The general entry: the loss of a link, by its name in `fastpref_kernels.LINKS` (see
+    `register_link`) or as a `Link`.
 
     Per pair, with score and shape from the link, err the error of a sample (for the mean below,
     mean (model_pred - target)^2), and gap = err - the reference's::
@@ -168,34 +201,28 @@ def pair_loss(
         RuntimeError: a second derivative through the kernels.
     """
     chosen = _check_options(link, reduction, error_reduction)
-    _check_reference(
-        link, chosen, "ref_pred or ref_mse", ref_pred is not None or ref_mse is not None
-    )
+    _check_reference(chosen, "ref_pred or ref_mse", ref_pred is not None or ref_mse is not None)
     pairs = check_pairs(model_pred, target, ref_pred, ref_mse, mask, swap)
     device = pairs.device
-    numbers = check_scalars(link, scalars, sample_weight, pairs.n_pairs, device, swap)
+    numbers = check_scalars(chosen, scalars, sample_weight, pairs.n_pairs, device, swap)
     huber = check_huber(huber_c, device)
-    if _takes_triton(impl, pairs):
-        loss, stats = ops.pair_loss(link, numbers, pairs, huber, reduction, error_reduction)
-    else:
-        loss, stats = reference.pair_loss(chosen, numbers, pairs, huber, reduction, error_reduction)
+    run = ops.pair_loss if _takes_triton(impl, pairs) else reference.pair_loss
+    loss, stats = run(chosen, numbers, pairs, huber, reduction, error_reduction)
     mse_w, mse_l, margin, *rest = stats.unbind()
     if swap:
         mse_w, mse_l = mse_l, mse_w
     if pairs.ref[0] is None:
         return LossOutput(loss, mse_w, mse_l, margin)
-    if ref_pred is None:
-        return LossOutput(loss, mse_w, mse_l, margin, *_given_errors(pairs.ref, pairs.n_pairs))
-    ref_w, ref_l = rest[-2:]
+    ref_w, ref_l, drop_w, drop_l = rest[-4:]
     if swap:
-        ref_w, ref_l = ref_l, ref_w
-    return LossOutput(loss, mse_w, mse_l, margin, ref_w, ref_l)
+        ref_w, ref_l, drop_w, drop_l = ref_l, ref_w, drop_l, drop_w
+    return LossOutput(loss, mse_w, mse_l, margin, ref_w, ref_l, drop_w, drop_l)
 
 
 def losses_from_errors(
     mse: Halves,
     *,
-    link: str,
+    link: str | Link,
     ref_mse: Halves | None = None,
     sample_weight: Scalar | tuple[Scalar, Scalar] | None = None,
     swap: bool = False,
@@ -215,55 +242,62 @@ def losses_from_errors(
     """
     chosen = _check_options(link, reduction)
     operand, ref, n_pairs = check_errors(mse, ref_mse)
-    _check_reference(link, chosen, "ref_mse", ref_mse is not None)
+    _check_reference(chosen, "ref_mse", ref_mse is not None)
     errors = halves(operand, n_pairs, swap)
-    numbers = check_scalars(link, scalars, sample_weight, n_pairs, errors[0].device, swap)
+    device = errors[0].device
+    numbers = check_scalars(chosen, scalars, sample_weight, n_pairs, device, swap)
     dtype = torch.float64 if errors[0].dtype == torch.float64 else torch.float32
-    with torch.autocast(errors[0].device.type, enabled=False):
+    with no_autocast(device):
         err_w, err_l = (e.to(dtype) for e in errors)
         numbers = [reference.cast(number, dtype) for number in numbers]
+        uses = live(chosen, numbers)
+        err_w = _gated(err_w, uses.err_w | uses.gap_w)
+        err_l = _gated(err_l, uses.err_l | uses.gap_l)
         gap_w, gap_l = err_w, err_l
         if ref[0] is not None:
-            ref_w, ref_l = (e.detach().to(dtype) for e in halves(ref, n_pairs, swap))
+            ref_w, ref_l = (e.to(dtype) for e in halves(ref, n_pairs, swap))
             gap_w, gap_l = err_w - ref_w, err_l - ref_l
         per_pair, margin = pair_losses(chosen, (err_w, err_l), (gap_w, gap_l), numbers)
     loss = reference.reduce(per_pair, reduction)
-    mse_w, mse_l = (e.detach().to(dtype) for e in halves(operand, n_pairs))
-    return LossOutput(loss, mse_w, mse_l, margin.detach(), *_given_errors(ref, n_pairs))
+    results = [(err_w, err_l)]
+    if ref[0] is not None:
+        results += [(ref_w, ref_l), (gap_w, gap_l)]
+    # Clones: an output never shares memory with an input or with what backward reads.
+    each = [e.detach().clone() for pair in results for e in (pair[::-1] if swap else pair)]
+    mse_w, mse_l, *of_ref = each
+    return LossOutput(loss, mse_w, mse_l, margin.detach(), *of_ref)
 
 
-def _given_errors(ref: Operand, n_pairs: int) -> Operand:
-    """What came as ref_mse, as LossOutput has it."""
-    if ref[0] is None:
-        return None, None
-    ref_w, ref_l = halves(ref, n_pairs)
-    return ref_w.detach().float(), ref_l.detach().float()
+def _gated(err: Tensor, live: bool | Tensor) -> Tensor:
+    return reference.gate(err, live, err.detach().isfinite() if transformed() else None)
 
 
-def _check_options(link: str, reduction: str, error_reduction: str = "mean") -> Link:
-    if link not in LINKS:
-        raise ValueError(f"link is {link!r}: one of {', '.join(LINKS)} is needed")
+def _check_options(link: str | Link, reduction: str, error_reduction: str = "mean") -> Link:
+    if not isinstance(link, (str, Link)):
+        raise TypeError(f"link must be a name or a Link, got a {type(link).__name__}")
+    if isinstance(link, str) and link not in LINKS:
+        raise ValueError(f"link is {link!r}; expected one of {', '.join(LINKS)}")
     if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction is {reduction!r}: "mean", "sum" or "none" is needed')
+        raise ValueError(f'reduction is {reduction!r}; expected "mean", "sum" or "none"')
     if error_reduction not in ("mean", "sum"):
-        raise ValueError(f'error_reduction is {error_reduction!r}: "mean" or "sum" is needed')
-    return LINKS[link]
+        raise ValueError(f'error_reduction is {error_reduction!r}; expected "mean" or "sum"')
+    return LINKS[link] if isinstance(link, str) else link
 
 
-def _check_reference(name: str, link: Link, arguments: str, given: bool) -> None:
+def _check_reference(link: Link, arguments: str, given: bool) -> None:
     if link.score.needs_ref and not given:
         raise ValueError(
-            f"{arguments} is missing: link {name!r} compares with a reference model, whose "
-            "predictions or errors are needed"
+            f"{arguments} is missing; loss {link.name!r} compares with a reference model and needs "
+            "its predictions or errors"
         )
     if given and not link.score.needs_ref:
-        raise ValueError(f"{arguments} came, but link {name!r} has no reference: None is needed")
+        raise ValueError(f"{arguments} was given, but loss {link.name!r} uses no reference model")
 
 
 def _takes_triton(impl: str, pairs: Pairs) -> bool:
     """Whether the kernels run; an explicit "triton" never falls back."""
     if impl not in ("auto", "triton", "torch"):
-        raise ValueError(f'impl is {impl!r}: "auto", "triton" or "torch" is needed')
+        raise ValueError(f'impl is {impl!r}; expected "auto", "triton" or "torch"')
     if impl == "torch":
         return False
     device = pairs.device.type
@@ -271,6 +305,8 @@ def _takes_triton(impl: str, pairs: Pairs) -> bool:
         obstacle = TRITON_MISSING
     elif pairs.wide:
         obstacle = "a tensor is float64; the kernels take float32, float16 and bfloat16"
+    elif transformed():
+        obstacle = "torch.func or forward-mode AD is active, which needs PyTorch's own operations"
     elif device == "cpu" and not ops.INTERPRETED:
         obstacle = "tensors are on the CPU, and TRITON_INTERPRET=1 was not set before the import"
     elif device not in ("cpu", "cuda", "xpu"):
@@ -278,5 +314,5 @@ def _takes_triton(impl: str, pairs: Pairs) -> bool:
     else:  # the interpreter is for tests: auto never takes it
         return impl == "triton" or device != "cpu"
     if impl == "triton":
-        raise ValueError(f'impl is "triton", but {obstacle}: "auto" or "torch" is needed')
+        raise ValueError(f'impl is "triton", but {obstacle}; expected "auto" or "torch"')
     return False

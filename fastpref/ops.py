@@ -1,20 +1,24 @@
-"""The only file that says torch.library: schemas and fakes of the two ops, and the one
-autograd.Function over them.
+"""The torch.library ops around the two kernels, and the one autograd.Function over them.
 
 Eager calls launch the kernels directly, because a torch.library boundary costs more host time than
-the launch; under torch.compile the same calls go through opaque ops, which no compiler looks into.
+the launch. Under torch.compile, and where Python intercepts operations (FakeTensor, make_fx,
+dispatch modes), the same calls go through opaque ops, which have schemas and fake implementations.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
-from fastpref_kernels import TRITON_MISSING
+from fastpref_kernels import TRITON_MISSING, Link
+from fastpref_kernels.links import link_of
 
+from .context import intercepted, transformed
 from .pairs import Pairs, Scalar
 
 if not TRITON_MISSING:
@@ -25,19 +29,9 @@ INTERPRETED = not TRITON_MISSING and launch.INTERPRETED
 _PAIRS = "Tensor pred, Tensor? pred_l, Tensor target, Tensor? target_l"
 _MASK = "Tensor? mask, Tensor? mask_l, bool swap, float? huber_c, Tensor? huber_t"
 
-_library = torch.library.Library("fastpref", "DEF")
-_library.define(
-    f"pair_forward(str link, float[] values, Tensor?[] tensors, {_PAIRS}, Tensor? ref,"
-    f" Tensor? ref_l, {_MASK}, str reduction, str error_reduction) -> (Tensor, Tensor)"
-)
-_library.define(
-    f"pair_backward(Tensor grad_loss, Tensor stats, {_PAIRS}, {_MASK}, bool need, bool need_l)"
-    " -> Tensor[]"
-)
-
 
 def pair_loss(
-    link: str,
+    link: Link,
     scalars: Sequence[Scalar],
     pairs: Pairs,
     huber_c: Scalar | None,
@@ -45,12 +39,17 @@ def pair_loss(
     error_reduction: str,
 ) -> tuple[Tensor, Tensor]:
     """(loss, stats) by the kernels, as `reference.pair_loss`; stats have the factors of the
-    gradient between the margin and the reference's errors."""
+    gradient between the margin and what is of the reference."""
     constants = (pairs.target, pairs.ref, pairs.mask, pairs.swap, huber_c)
-    options = (link, scalars, reduction, error_reduction)
+    opaque = _opaque(*pairs.pred, *pairs.target, *pairs.ref, *pairs.mask)
+    options = (link, scalars, reduction, error_reduction, opaque)
     loss, stats = _PairLoss.apply(*pairs.pred, constants, options)
-    # .data: whoever changes a metric in place does not touch what backward reads
-    return loss, stats if torch.compiler.is_compiling() else stats.data
+    # Whoever changes a metric in place does not touch what backward reads.
+    return loss, stats.clone() if opaque else stats.data
+
+
+def _opaque(*tensors: Tensor | None) -> bool:
+    return torch.compiler.is_compiling() or intercepted(*tensors)
 
 
 class _PairLoss(torch.autograd.Function):
@@ -63,13 +62,13 @@ class _PairLoss(torch.autograd.Function):
         options: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor]:
         target, ref, mask, swap, huber = constants
-        link, scalars, *reductions = options
+        link, scalars, *reductions, opaque = options
         huber_c, huber_t = (None, huber) if isinstance(huber, Tensor) else (huber, None)
-        if torch.compiler.is_compiling():
+        if opaque:
             values = [0.0 if isinstance(s, Tensor) else s for s in scalars]
             tensors = [s if isinstance(s, Tensor) else None for s in scalars]
             loss, stats = torch.ops.fastpref.pair_forward(
-                link, values, tensors, pred, pred_l, *target, *ref, *mask, swap,
+                link.key, values, tensors, pred, pred_l, *target, *ref, *mask, swap,
                 huber_c, huber_t, *reductions,
             )  # fmt: skip
         else:
@@ -87,32 +86,52 @@ class _PairLoss(torch.autograd.Function):
         need, need_l = ctx.needs_input_grad[:2]
         if grad_loss is None:
             return (None,) * 4
-        run: Any = _backward
-        if torch.compiler.is_compiling():
+        if _batched_or_dual(grad_loss):
+            raise RuntimeError(
+                "fastpref's kernels take no gradients that are batched or dual; "
+                'pass impl="torch" to the loss'
+            )
+        run: Any = _launch_backward
+        if _opaque(grad_loss):  # by name: importing this module anew replaces the ops
             run = torch.ops.fastpref.pair_backward
-        elif torch.is_grad_enabled():  # create_graph=True: it must not pass for a constant
-            run = _OnlyOnce.apply
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            run = functools.partial(_OnlyOnce.apply, run)
         stats, huber_t, *read = ctx.saved_tensors
         grads = run(grad_loss, stats, *read, ctx.swap, ctx.huber_c, huber_t, need, need_l)
         return grads[0] if need else None, grads[-1] if need_l else None, None, None
 
 
+def _batched_or_dual(grad: Tensor) -> bool:
+    """Whether a gradient comes from is_grads_batched (PyTorch's older vmap) or torch.func, or has a
+    tangent."""
+    if torch.compiler.is_compiling():
+        return False
+    return transformed() or _functorch.is_legacy_batchedtensor(grad)
+
+
 class _OnlyOnce(torch.autograd.Function):
-    """The gradient with a graph of its own, along which nothing can be differentiated again."""
+    """The gradient with a graph of its own, so that it does not pass for a constant, but along
+    which nothing can be differentiated again."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        return tuple(_backward(*args))
+    def forward(ctx: Any, run: Any, *args: Any) -> tuple[Tensor, ...]:
+        return tuple(run(*args))
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
         raise RuntimeError(
-            "fastpref's kernels give first derivatives only, and this is a second one: "
-            'impl="torch" is needed'
+            "fastpref's kernels give first derivatives only, and this is a second one; "
+            'pass impl="torch"'
         )
 
 
-def _forward(
+@torch.library.custom_op(
+    "fastpref::pair_forward",
+    mutates_args=(),
+    schema=f"(str link, float[] values, Tensor?[] tensors, {_PAIRS}, Tensor? ref, Tensor? ref_l,"
+    f" {_MASK}, str reduction, str error_reduction) -> (Tensor, Tensor)",
+)
+def pair_forward(
     link: str,
     values: list[float],
     tensors: list[Tensor | None],
@@ -133,12 +152,12 @@ def _forward(
     scalars = [v if t is None else t for v, t in zip(values, tensors, strict=True)]
     huber = huber_c if huber_t is None else huber_t
     return launch.pair_forward(
-        link, scalars, (pred, pred_l), (target, target_l), (ref, ref_l), (mask, mask_l), swap,
-        huber, reduction, error_reduction,
+        link_of(link), scalars, (pred, pred_l), (target, target_l), (ref, ref_l), (mask, mask_l),
+        swap, huber, reduction, error_reduction,
     )  # fmt: skip
 
 
-def _backward(
+def _launch_backward(
     grad_loss: Tensor,
     stats: Tensor,
     pred: Tensor,
@@ -155,26 +174,31 @@ def _backward(
 ) -> list[Tensor]:
     huber = huber_c if huber_t is None else huber_t
     grads = launch.pair_backward(
-        grad_loss, stats, (pred, pred_l), (target, target_l), (mask, mask_l), swap,
+        grad_loss.resolve_neg(), stats, (pred, pred_l), (target, target_l), (mask, mask_l), swap,
         huber, (need, need_l),
     )  # fmt: skip
     return [grad for grad in grads if grad is not None]
 
 
-_library.impl("pair_forward", _forward, "CompositeExplicitAutograd")
-_library.impl("pair_backward", _backward, "CompositeExplicitAutograd")
+pair_backward = torch.library.custom_op(
+    "fastpref::pair_backward",
+    _launch_backward,
+    mutates_args=(),
+    schema=f"(Tensor grad_loss, Tensor stats, {_PAIRS}, {_MASK}, bool need, bool need_l)"
+    " -> Tensor[]",
+)
 
 
-@torch.library.register_fake("fastpref::pair_forward", lib=_library)
+@pair_forward.register_fake
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
     (pred, pred_l), ref, reduction = args[3:5], args[7], args[-2]
     n_pairs = pred.shape[0] // 2 if pred_l is None else pred.shape[0]
     loss = pred.new_empty((n_pairs,) if reduction == "none" else (), dtype=torch.float32)
-    rows = 5 if ref is None or ref.dim() == 1 else 7
+    rows = 5 if ref is None else 9
     return loss, pred.new_empty((rows, n_pairs), dtype=torch.float32)
 
 
-@torch.library.register_fake("fastpref::pair_backward", lib=_library)
+@pair_backward.register_fake
 def _fake_backward(*args: Any) -> list[Tensor]:
     (pred, pred_l), (need, need_l) = args[2:4], args[-2:]
     given = ((pred, need), (pred_l, need_l))

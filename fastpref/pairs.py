@@ -1,5 +1,4 @@
-"""What a trainer may hand in, and what is refused: model_pred, target, ref_pred and mask in all
-their forms."""
+"""Validation of the tensor arguments: model_pred, target, ref_pred and mask in all their forms."""
 
 from __future__ import annotations
 
@@ -7,6 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Halves: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 Scalar: TypeAlias = "float | Tensor"
@@ -59,9 +59,9 @@ def check_pairs(
     Tensors alone, without halves or masks, pass if such have passed before.
     """
     given: Any = (model_pred, target) if ref_pred is None else (model_pred, target, ref_pred)
-    alone = not torch.compiler.is_compiling() and ref_mse is None and mask is None
+    alone = ref_mse is None and mask is None and not torch.compiler.is_compiling()
     key, ref, masks = None, _ABSENT, _ABSENT
-    if alone and {*map(type, given)} == {Tensor} and not any(map(Tensor.is_neg, given)):
+    if alone and {*map(type, given)} == {Tensor} and not any(map(_is_special, given)):
         such = [(t.shape, t.dtype, t.device, t.requires_grad) for t in given]
         key = (torch.is_grad_enabled(), *such)
         if passed := _passed.get(key):
@@ -73,13 +73,13 @@ def check_pairs(
     n_samples, *sample = pred_w.shape
     if pred_w.numel() == 0:
         raise ValueError(
-            f"model_pred is empty, shape {tuple(pred_w.shape)}: "
-            "at least one pair of one element is needed"
+            f"model_pred is empty, with shape {tuple(pred_w.shape)}; "
+            "expected at least one pair of samples with at least one element each"
         )
     if pred_l is None and n_samples % 2:
         raise ValueError(
-            f"model_pred stacks {n_samples} samples, an odd number: "
-            "as many losers as winners are needed, torch.cat([winners, losers])"
+            f"model_pred stacks {n_samples} samples, an odd number; "
+            "expected as many losers as winners, as torch.cat([winners, losers]) gives"
         )
     n_pairs = n_samples // 2 if pred_l is None else n_samples
     target_w, target_l = _operand("target", target)
@@ -90,7 +90,7 @@ def check_pairs(
         _check_shape("ref_pred", ref_w, ref_l, n_pairs, sample)
         constants += [("ref_pred", ref_w), ("ref_pred[1]", ref_l)]
         if ref_mse is not None:
-            raise ValueError("ref_pred and ref_mse both came: one of them is needed")
+            raise ValueError("ref_pred and ref_mse were both given; expected only one of them")
     elif ref_mse is not None:
         ref = ref_w, ref_l = _operand("ref_mse", ref_mse, min_dim=1)
         _check_shape("ref_mse", ref_w, ref_l, n_pairs, [])
@@ -120,8 +120,8 @@ def check_errors(mse: Halves, ref_mse: Halves | None) -> tuple[Operand, Operand,
     mse_w, mse_l = _operand("mse", mse, min_dim=1)
     if mse_w.dim() != 1 or mse_w.numel() == 0 or (mse_l is None and mse_w.shape[0] % 2):
         raise ValueError(
-            f"mse has shape {tuple(mse_w.shape)}: one error per sample, (2B,) with the winners "
-            "first, or a tuple of (B,) each, is needed"
+            f"mse has shape {tuple(mse_w.shape)}; expected one error per sample: (2B,) with the "
+            "winners first, or a tuple of two (B,) tensors"
         )
     n_pairs = mse_w.shape[0] // 2 if mse_l is None else mse_w.shape[0]
     ref = _ABSENT
@@ -167,10 +167,10 @@ def _check_shape(
     needed = " or ".join(str((n, *sample)) for n in leading)
     of_sample = f" of {tuple(sample)}" if sample else ""
     each = "" if second is None else " in each half"
-    ones = ", with 1 for any size after the first," if broadcast else ""
+    ones = ", where any size after the first may be 1" if broadcast else ""
     raise ValueError(
         f"{name} has shape {tuple(first.shape)}{each}, but {owner} holds {n_pairs} "
-        f"pair(s){of_sample}: {needed}{ones} is needed"
+        f"pair(s){of_sample}; expected {needed}{ones}"
     )
 
 
@@ -182,13 +182,13 @@ def _check_constants(constants: list[tuple[str, Tensor | None]], first: Tensor, 
             raise ValueError(_on_another_device(name, tensor, first, owner))
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                f"{name} requires a gradient, but a loss is differentiated by {owner} only: "
-                f"{name}.detach() is needed"
+                f"{name} requires a gradient, but the loss is differentiable with respect to "
+                f"{owner} only; pass {name}.detach()"
             )
 
 
 def _on_another_device(name: str, tensor: Tensor, first: Tensor, owner: str) -> str:
-    return f"{name} is on {tensor.device}, but {owner} is on {first.device}: one device is needed"
+    return f"{name} is on {tensor.device}, but {owner} is on {first.device}; expected one device"
 
 
 def _operand(
@@ -200,26 +200,51 @@ def _operand(
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         what = type(value).__name__
         what += f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
-        raise TypeError(f"{name} is a {what}: a tensor or a tuple (winners, losers) is needed")
+        raise TypeError(f"{name} must be a tensor or a tuple (winners, losers), got a {what}")
     winner, loser = (_tensor(f"{name}[{i}]", v, min_dim, dtypes) for i, v in enumerate(value))
     if winner.shape != loser.shape:
         raise ValueError(
-            f"{name} has winners of shape {tuple(winner.shape)} and losers of shape "
-            f"{tuple(loser.shape)}: equal shapes are needed"
+            f"{name} has winners of shape {tuple(winner.shape)} but losers of shape "
+            f"{tuple(loser.shape)}; expected equal shapes"
         )
     return winner, loser
 
 
 def _tensor(name: str, value: object, min_dim: int, dtypes: tuple[torch.dtype, ...]) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}: a torch.Tensor is needed")
-    if value.dtype not in dtypes:
+    tensor = plain(name, value)
+    if tensor.dtype not in dtypes:
         needed = "float32, float16, bfloat16 or float64"
         needed = needed if torch.bool not in dtypes else f"bool, {needed}"
-        raise TypeError(f"{name} has dtype {value.dtype}: {needed} is needed")
+        raise TypeError(f"{name} has dtype {tensor.dtype}; expected {needed}")
+    if tensor.dim() < min_dim:
+        needed = "two dimensions, (samples, ...)" if min_dim == 2 else "one dimension"
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected at least {needed}")
+    return tensor
+
+
+def plain(name: str, value: object) -> Tensor:
+    """The value as a dense tensor whose memory the kernels can read as it is."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got a {type(value).__name__}")
+    if is_traceable_wrapper_subclass(value):
+        if hasattr(value, "trigger_wait"):  # an AsyncCollectiveTensor: any operation waits for it
+            return plain(name, value.clone())
+        if not value.is_nested:
+            inner = f", such as {name}.to_local()" if hasattr(value, "to_local") else ""
+            raise TypeError(f"{name} is a {type(value).__name__}; expected a plain tensor{inner}")
+    if value.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor; expected a dense one, such as "
+            f"{name}.to_padded_tensor(0), with a mask"
+        )
+    if value.layout is not torch.strided:
+        raise TypeError(
+            f"{name} has layout {value.layout}; expected a dense tensor, such as {name}.to_dense()"
+        )
     if not torch.compiler.is_compiling() and value.is_neg():
-        value = value.resolve_neg()  # a lazily negated view, whose memory holds the opposite
-    if value.dim() < min_dim:
-        needed = "at least two dimensions, (samples, ...)," if min_dim == 2 else "one dimension"
-        raise ValueError(f"{name} has shape {tuple(value.shape)}: {needed} are needed")
+        return value.resolve_neg()  # a lazily negated view, whose memory holds the opposite sign
     return value
+
+
+def _is_special(value: Tensor) -> bool:
+    return value.is_neg() or value.layout is not torch.strided or value.is_nested

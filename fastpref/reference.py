@@ -1,5 +1,5 @@
-"""The same losses in eager PyTorch: any device, any float dtype including fp64, twice
-differentiable, no Triton."""
+"""The losses in eager PyTorch: any device, any float dtype including fp64, twice differentiable,
+under torch.func too, without Triton."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref_kernels.knobs import pair_losses
+from fastpref_kernels.knobs import live, pair_losses
 from fastpref_kernels.links import Link
 
+from .context import no_autocast, transformed
 from .pairs import Operand, Pairs, Scalar, halves
 
 
@@ -23,20 +24,23 @@ def pair_loss(
     reduction: str,
     error_reduction: str,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, stats): the loss, () or (B,) for reduction "none", and detached stats (3 or 5, B):
-    mse_w, mse_l, margin, and with the predictions of a reference its errors.
+    """(loss, stats): the loss, () or (B,) for reduction "none", and detached stats (3 or 7, B):
+    mse_w, mse_l, margin, and with a reference its errors and the gaps, winner's and loser's each.
 
     `scalars` are the link's hyper-parameters and then, all or none, the knobs.
     """
     dtype = torch.float64 if pairs.wide else torch.float32
     operands = (pairs.pred, pairs.target, pairs.ref, pairs.mask)
-    with torch.autocast(pairs.device.type, enabled=False):
+    with no_autocast(pairs.device):
         winners, losers = zip(*(_sides(each, pairs, dtype) for each in operands), strict=True)
         *scalars, huber_c = (cast(scalar, dtype) for scalar in (*scalars, huber_c))
-        err_w, gap_w, ref_w = _errors(winners, huber_c, error_reduction)
-        err_l, gap_l, ref_l = _errors(losers, huber_c, error_reduction)
+        uses = live(link, scalars)
+        err_w, gap_w, ref_w = _errors(winners, huber_c, error_reduction, uses.err_w, uses.gap_w)
+        err_l, gap_l, ref_l = _errors(losers, huber_c, error_reduction, uses.err_l, uses.gap_l)
         per_pair, margin = pair_losses(link, (err_w, err_l), (gap_w, gap_l), scalars)
-        stats = [err_w, err_l, margin, *([ref_w, ref_l] if pairs.ref_pred else [])]
+        stats = [err_w, err_l, margin]
+        if pairs.ref[0] is not None:
+            stats += [ref_w, ref_l, gap_w, gap_l]
     return reduce(per_pair, reduction), torch.stack(stats).detach()
 
 
@@ -51,6 +55,21 @@ def cast(scalar: Any, dtype: torch.dtype) -> Any:
     return scalar.to(dtype) if isinstance(scalar, Tensor) else scalar
 
 
+def gate(value: Tensor, live: Any, finite: Tensor | None = None) -> Tensor:
+    """The value, cut off from its gradient in the rows that are not live. Their gradient is 0
+    already, but 0 times what they hold, inf or NaN, would not be.
+
+    finite: rows where it would be, and where a derivative by the weights may be asked for.
+    """
+    if live is True:
+        return value
+    if not isinstance(live, Tensor):
+        live = torch.zeros((), dtype=torch.bool, device=value.device)
+    live = live if finite is None else live | finite
+    live = live.reshape(live.shape + (1,) * (value.dim() - 1))
+    return torch.where(live, value, value.detach())
+
+
 def _sides(
     operand: Operand, pairs: Pairs, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -61,14 +80,18 @@ def _sides(
 
 
 def _errors(
-    tensors: tuple[Any, ...], huber_c: Scalar | None, error_reduction: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    tensors: tuple[Any, ...], huber_c: Scalar | None, error_reduction: str, err_live: Any,
+    gap_live: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Of (pred, target, ref, mask), (B,) each: errors, what they are above those of the reference,
-    and those."""
+    and those. Gradients go by the errors and by the gaps of the rows in which these are live."""
     pred, target, ref, mask = tensors
     c = 0.0 if huber_c is None else huber_c
     if mask is not None:  # what it hides may be anything, NaN too
-        pred, target = (torch.where(mask == 0, 0.0, t) for t in (pred, target))
+        hidden = mask == 0
+        if transformed():  # the mask may be differentiated by, where it is 0 too
+            hidden = hidden & ~(pred.detach() - target).isfinite()
+        pred, target = (torch.where(hidden, 0.0, t) for t in (pred, target))
         ref = ref if ref is None or ref.dim() == 1 else torch.where(mask == 0, 0.0, ref)
 
     def per_sample(elements: Tensor) -> Tensor:
@@ -86,13 +109,21 @@ def _errors(
     def squares(diff: Tensor) -> Tensor:
         return diff.square() if huber_c is None else diff.square() / (root(diff) + c)
 
-    diff = pred - target
-    err = per_sample(squares(diff))
-    if ref is None:
-        return err, err, err
-    if ref.dim() == 1:
-        return err, err - ref, ref
-    diff_ref = ref - target
-    gaps = (pred - ref) * (diff + diff_ref)  # no difference of two large numbers
+    def finite(*others: Tensor) -> Tensor | None:
+        """Rows of finite numbers, where weights may be differentiated by, and those of 0 too."""
+        if not transformed():
+            return None
+        return sum(others, start=pred.detach()).flatten(1).sum(dim=1).isfinite()
+
+    if ref is None or ref.dim() == 1:
+        err = per_sample(squares(gate(pred, err_live | gap_live, finite(target)) - target))
+        return err, err if ref is None else err - ref, err if ref is None else ref
+    moving = gate(pred, gap_live, finite(target, ref))
+    diff, diff_ref = moving - target, ref - target
+    gaps = (moving - ref) * (diff + diff_ref)  # no difference of two large numbers
     gaps = gaps if huber_c is None else gaps / (root(diff) + root(diff_ref))
-    return err, per_sample(gaps), per_sample(squares(diff_ref))
+    if err_live is False and gap_live is not False:
+        of_err = diff.detach()
+    else:
+        of_err = gate(pred, err_live, finite(target)) - target
+    return per_sample(squares(of_err)), per_sample(gaps), per_sample(squares(diff_ref))

@@ -1,4 +1,4 @@
-"""The numbers of a loss, hyper-parameters and knobs: what each may be, and in which order the
+"""Validation of a loss's numbers, hyper-parameters and knobs, and the order in which the
 implementations take them."""
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref_kernels import KNOBS, LINKS
+from fastpref_kernels import KNOBS, Link
 from fastpref_kernels.links import POSITIVE, Hyper
 
-from .pairs import Scalar
+from .context import readable
+from .pairs import Scalar, plain
 
 _NAMES = {key: key for key in KNOBS if not key.startswith("sample_weight")}  # which comes apart
 
 
 def check_scalars(
-    name: str,
+    link: Link,
     given: Mapping[str, Any],
     sample_weight: Any,
     n_pairs: int,
@@ -30,30 +31,29 @@ def check_scalars(
     """The link's hyper-parameters in its order, and then, unless all are neutral, the knobs: each a
     float, or a tensor of shape () or (B,). Raises TypeError or ValueError that names the argument,
     what came, and what is needed."""
-    plain = sample_weight is None and not torch.compiler.is_compiling()
-    if plain and _PLAIN.issuperset(map(type, given.values())):
-        return _check_plain(name, tuple(given.items()))
-    return _check(name, given, sample_weight, n_pairs, device, swap)
+    floats = sample_weight is None and not torch.compiler.is_compiling()
+    if floats and _PLAIN.issuperset(map(type, given.values())):
+        return _check_plain(link, tuple(given.items()))
+    return _check(link, given, sample_weight, n_pairs, device, swap)
 
 
 _PLAIN = {float, int}  # not bool, which would be found in the cache as the 0 or 1 that it equals
 
 
 @functools.lru_cache(1024)
-def _check_plain(name: str, given: tuple[tuple[str, float], ...]) -> Sequence[Scalar]:
+def _check_plain(link: Link, given: tuple[tuple[str, float], ...]) -> Sequence[Scalar]:
     """Numbers alone, which are the same at every step or nearly so."""
-    return tuple(_check(name, dict(given), None, 0, torch.device("cpu"), False))
+    return tuple(_check(link, dict(given), None, 0, torch.device("cpu"), False))
 
 
 def _check(
-    name: str,
+    link: Link,
     given: Mapping[str, Any],
     sample_weight: Any,
     n_pairs: int,
     device: torch.device,
     swap: bool,
 ) -> Sequence[Scalar]:
-    link = LINKS[name]
     scalars = [
         check_scalar(key, given.get(key, hyper.default), hyper, n_pairs, device)
         for key, hyper in link.hyper.items()
@@ -62,8 +62,7 @@ def _check(
         return scalars
     rest = {key: value for key, value in given.items() if key not in link.hyper}
     if unknown := sorted(rest.keys() - _NAMES.keys()):
-        known = ", ".join([*link.hyper, *_NAMES])
-        raise TypeError(f"{', '.join(unknown)} came, but link {name!r} takes {known}")
+        raise TypeError(unexpected(f"loss {link.name!r}", unknown, [*link.hyper, *_NAMES]))
     rest = {**link.knobs, **{key: value for key, value in rest.items() if value is not None}}
     if sample_weight is not None:
         rest |= _of_samples(sample_weight, n_pairs, swap)
@@ -76,6 +75,11 @@ def _check(
     return [*scalars, *(neutral | rest).values()]  # type: ignore[list-item]
 
 
+def unexpected(owner: str, names: Sequence[str], accepted: Sequence[str]) -> str:
+    what = "argument" if len(names) == 1 else "arguments"
+    return f"{owner} got unexpected {what} {', '.join(names)}; it accepts {', '.join(accepted)}"
+
+
 def check_huber(value: Any, device: torch.device) -> Scalar | None:
     return None if value is None else check_scalar("huber_c", value, Hyper(), None, device)
 
@@ -85,16 +89,16 @@ def _of_samples(weight: Any, n_pairs: int, swap: bool) -> dict[str, Any]:
     if isinstance(weight, (tuple, list)):
         if len(weight) != 2:
             raise TypeError(
-                f"sample_weight is a {type(weight).__name__} of {len(weight)}: "
-                "a number, a tensor or a tuple (winners, losers) is needed"
+                "sample_weight must be a number, a tensor or a tuple (winners, losers), got a "
+                f"{type(weight).__name__} of {len(weight)}"
             )
         of_w, of_l = weight
     elif isinstance(weight, Tensor) and weight.dim() == 1 and weight.shape[0] == 2 * n_pairs:
         of_w, of_l = weight[:n_pairs], weight[n_pairs:]
-    elif isinstance(weight, Tensor) and weight.dim() == 1 and weight.shape[0] != n_pairs:
+    elif isinstance(weight, Tensor) and weight.dim() and weight.shape[0] != n_pairs:
         raise ValueError(
-            f"sample_weight has shape {tuple(weight.shape)}: (), ({n_pairs},) for a weight a pair, "
-            f"or ({2 * n_pairs},) for one a sample, is needed"
+            f"sample_weight has shape {tuple(weight.shape)}; expected (), ({n_pairs},) for one "
+            f"weight per pair, or ({2 * n_pairs},) for one per sample, winners first"
         )
     else:
         of_w = of_l = weight
@@ -106,15 +110,15 @@ def check_scalar(
 ) -> Scalar:
     """n_pairs: None where pairs cannot differ in it."""
     if isinstance(value, Tensor):
-        return _check_tensor(name, value, hyper, n_pairs, device)
+        return _check_tensor(name, plain(name, value), hyper, n_pairs, device)
     if type(value) is not float:
         if value is None:
-            raise TypeError(f"{name} is missing: a number or tensor in {hyper.interval} is needed")
+            raise TypeError(f"{name} is missing; expected a number or tensor in {hyper.interval}")
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} is a {type(value).__name__}: a float or tensor is needed")
+            raise TypeError(f"{name} must be a float or tensor, got a {type(value).__name__}")
         value = float(value)
     if value not in hyper.interval:
-        raise ValueError(f"{name} is {value}: {_needed(hyper)} is needed")
+        raise ValueError(f"{name} is {value}; expected {_needed(hyper)}")
     return value
 
 
@@ -127,22 +131,23 @@ def _check_tensor(
     name: str, value: Tensor, hyper: Hyper, n_pairs: int | None, device: torch.device
 ) -> Scalar:
     per_pair = n_pairs is not None and value.dim() == 1 and value.shape[0] == n_pairs
-    fits = value.dim() == 0 or per_pair
-    differentiable = value.requires_grad and torch.is_grad_enabled()
-    if not fits or not value.is_floating_point() or differentiable:
-        shapes = "shape ()" if n_pairs is None else f"shape () or ({n_pairs},)"
+    if not (value.dim() == 0 or per_pair) or not value.is_floating_point():
+        shapes = "()" if n_pairs is None else f"() or ({n_pairs},)"
         raise ValueError(
-            f"{name} is a {value.dtype} tensor of shape {tuple(value.shape)}"
-            f"{' that requires a gradient' if differentiable else ''}: "
-            f"a float, or a constant float tensor of {shapes}, is needed"
+            f"{name} is a {value.dtype} tensor of shape {tuple(value.shape)}; "
+            f"expected a float, or a float tensor of shape {shapes}"
         )
-    on_host = value.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_host:  # nothing is waited for
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires a gradient, but the loss is differentiable with respect to its "
+            f"predictions only; pass {name}.detach()"
+        )
+    if readable(value):
         outside = [v for v in value.reshape(-1).tolist() if v not in hyper.interval]
         if outside:
-            raise ValueError(f"{name} holds {outside[0]}: {_needed(hyper)} is needed")
-    if value.device != device:
-        if value.device.type != "cpu" or value.dim():
-            raise ValueError(f"{name} is on {value.device}: {device}, model_pred's, is needed")
-        return value.item()
-    return value
+            raise ValueError(f"{name} contains {outside[0]}; expected {_needed(hyper)}")
+    if value.device == device:
+        return value
+    if value.device.type != "cpu" or value.dim():
+        raise ValueError(f"{name} is on {value.device}; expected {device}, model_pred's device")
+    return float(value) if readable(value) else value.to(device)

@@ -169,7 +169,7 @@ def recorders(case: Case) -> tuple[Recorder, Recorder]:
     count = (2, 2**32) if case.layout == "wide" else launch._count(pred)
     with recorded() as both, unplanned(), mock.patch.object(launch, "_count", return_value=count):
         loss, stats = launch.pair_forward(
-            case.link, scalars, pred, target, ref, masks, huber_c=huber
+            LINKS[case.link], scalars, pred, target, ref, masks, huber_c=huber
         )
         launch.pair_backward(loss, stats, pred, target, masks, huber_c=huber, needed=(True, False))
     return both
@@ -220,7 +220,7 @@ def specializations(*links: str) -> set[tuple[str, ...]]:
         values = [0.1 * height] * len(LINKS[link].hyper)
         preds, targets = (pred, None), (target, None)
         with recorded() as both:
-            loss, stats = launch.pair_forward(link, values, preds, targets, (ref, None))
+            loss, stats = launch.pair_forward(LINKS[link], values, preds, targets, (ref, None))
             launch.pair_backward(loss, stats, preds, targets)
         for each in both:
             made = specialized(each, TARGETS["sm_90"])
@@ -291,7 +291,9 @@ def signatures() -> tuple[int, int]:
 
     with recorded(), mock.patch.object(launch, "_launch", told):
         for link, scalars, pred, target, ref, mask, swap, huber, grad in calls():
-            _, stats = launch.pair_forward(link, scalars, pred, target, ref, mask, swap, huber)
+            _, stats = launch.pair_forward(
+                LINKS[link], scalars, pred, target, ref, mask, swap, huber
+            )
             needed = (True, pred[1] is None or swap)
             launch.pair_backward(grad, stats, pred, target, mask, swap, huber, needed)
     return len(seen), len(set(seen.values()))

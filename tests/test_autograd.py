@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fastpref
 from fastpref.dispatch import Impl
+from fastpref_kernels import LINKS
 
 
 @pytest.fixture
@@ -159,14 +160,32 @@ def test_opcheck(shared: bool, halves: bool, device: torch.device) -> None:
         absent = (None, None)
         options: tuple[Any, ...] = (False, None, None, reduction, "mean")
         operands = (*preds, *targets, *absent)
-        forward = ("mapo", numbers, tensors, *preds, *targets, *absent, *absent, *options)
+        forward = (
+            LINKS["mapo"].key,
+            numbers,
+            tensors,
+            *preds,
+            *targets,
+            *absent,
+            *absent,
+            *options,
+        )
         check_ops(forward, operands, halves)
         masks = (target > 0, None)
         operands = (*preds, *targets, *masks)
         errors = torch.rand(6, device=device)
         for ref in (preds, (errors, None)):
             options = (True, 0.5, None, reduction, "sum")
-            forward = ("dpo_sigmoid", [0.1], [None], *preds, *targets, *ref, *masks, *options)
+            forward = (
+                LINKS["dpo_sigmoid"].key,
+                [0.1],
+                [None],
+                *preds,
+                *targets,
+                *ref,
+                *masks,
+                *options,
+            )
             check_ops(forward, operands, halves)
 
 

@@ -153,7 +153,7 @@ folder = get_local_kernel(Path({str(KERNELS)!r}), backend="cpu")
 assert set(folder.__all__) >= {{"LINKS", "pair_forward", "pair_backward"}}
 pred, target = torch.randn(4, 70), torch.randn(2, 70)
 hyper = [h.default for h in folder.LINKS["mapo"].hyper.values()]
-loss, stats = folder.pair_forward("mapo", hyper, (pred, None), (target, None))
+loss, stats = folder.pair_forward(folder.LINKS["mapo"], hyper, (pred, None), (target, None))
 import fastpref  # both at once
 torch.testing.assert_close(loss, fastpref.mapo_loss(pred, target).loss)
 print(folder.__name__)

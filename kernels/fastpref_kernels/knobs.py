@@ -1,4 +1,4 @@
-"""What every loss shares: the weights around a link, in both dialects.
+"""The weights that every loss shares, around its link, in both dialects.
 
     score_w = logit_scale * score(err_w),   score_l = logit_scale * loser_weight * score(err_l)
     margin  = score_w - score_l
@@ -7,18 +7,18 @@
                              + sft_weight * err_w + prior_weight * err_l)
 
 where err_w and err_l, and the gaps, are the errors times sample_weight_w and sample_weight_l. A
-term of weight 0 is 0 even where what it weighs overflowed.
+term of weight 0 adds exactly 0 to the loss and to its gradient, whatever it weighs, NaN included.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .links import BELOW_HALF, FINITE, NOT_NEGATIVE, Hyper, Link
+from .links import BELOW_HALF, FINITE, NOT_NEGATIVE, NOTHING, Hyper, Link
 from .special import jit, times, times_jit, tl
 
 # In the order in which they follow a link's hyper-parameters: all of them, or none where all have
@@ -39,8 +39,7 @@ def pair_losses(
     link: Link, errors: tuple[Tensor, Tensor], gaps: tuple[Tensor, Tensor], scalars: Sequence[Any]
 ) -> tuple[Tensor, Tensor]:
     """(loss, margin), (B,) each, from (B,) errors and gaps of winners and losers; in torch."""
-    n_score, n_hyper = len(link.score.hyper), len(link.hyper)
-    of_score, of_shape, knobs = scalars[:n_score], scalars[n_score:n_hyper], scalars[n_hyper:]
+    of_score, of_shape, knobs = _split(link, scalars)
     if not knobs:
         both = torch.stack(errors)  # half as many small operations
         both_gaps = torch.stack(gaps) if link.score.needs_ref else both
@@ -50,12 +49,46 @@ def pair_losses(
     scale, loser, weight, smoothing, sft, prior, *of_sample = knobs
     err_w, err_l = (times(w, err) for w, err in zip(of_sample, errors, strict=True))
     gap_w, gap_l = (times(w, gap) for w, gap in zip(of_sample, gaps, strict=True))
-    score_w = scale * link.score.torch(err_w, gap_w, *of_score)
-    score_l = times(loser, scale * link.score.torch(err_l, gap_l, *of_score))
+    score_w = times(scale, link.score.torch(err_w, gap_w, *of_score))
+    score_l = times(loser, times(scale, link.score.torch(err_l, gap_l, *of_score)))
     loss = (1.0 - smoothing) * link.shape.torch(score_w, score_l, *of_shape)
-    loss = loss + times(smoothing, link.shape.torch(score_l, score_w, *of_shape))
+    if isinstance(smoothing, Tensor) or smoothing:
+        loss = loss + times(smoothing, link.shape.torch(score_l, score_w, *of_shape))
     loss = loss + times(sft, err_w) + times(prior, err_l)
     return times(weight, loss), score_w - score_l
+
+
+class Live(NamedTuple):
+    """Which pairs' samples the loss depends on: through their errors, and through their gaps. Each
+    is a bool, or a tensor of shape () or (B,)."""
+
+    err_w: Any
+    err_l: Any
+    gap_w: Any
+    gap_l: Any
+
+
+def live(link: Link, scalars: Sequence[Any]) -> Live:
+    """What is left of a loss by its weights that are 0."""
+    of_score, _, knobs = _split(link, scalars)
+    neutral = (1.0, 1.0, 1.0, 0.0, link.sft_weight, 0.0, 1.0, 1.0)
+    scale, loser, weight, _, sft, prior, of_w, of_l = (_nonzero(k) for k in knobs or neutral)
+    compared = _nonzero(link.score.weight(*of_score)) & scale & (link.shape is not NOTHING)
+    w, l = weight & of_w, weight & of_l
+    gap_w, gap_l = w & compared, l & compared & loser
+    if link.score.needs_ref:
+        return Live(w & sft, l & prior, gap_w, gap_l)
+    return Live(gap_w | (w & sft), gap_l | (l & prior), False, False)
+
+
+def _nonzero(value: Any) -> Any:
+    return value != 0.0
+
+
+def _split(link: Link, scalars: Sequence[Any]) -> tuple[Sequence[Any], ...]:
+    """The score's hyper-parameters, the shape's, and the knobs."""
+    n_score, n_hyper = len(link.score.hyper), len(link.hyper)
+    return scalars[:n_score], scalars[n_score:n_hyper], scalars[n_hyper:]
 
 
 @jit
@@ -81,16 +114,16 @@ def pair_losses_jit(  # type: ignore[no-untyped-def]
         err_l = times_jit(knobs[7], err_l)
         score_w, pull_w = SCORE(err_w, times_jit(knobs[6], gap_w), *of_score)
         score_l, pull_l = SCORE(err_l, times_jit(knobs[7], gap_l), *of_score)
-        score_w *= scale
-        score_l = times_jit(loser, score_l * scale)
+        score_w = times_jit(scale, score_w)
+        score_l = times_jit(loser, times_jit(scale, score_l))
         loss, slope_w, slope_l = SHAPE(score_w, score_l, *of_shape)
         other, other_l, other_w = SHAPE(score_l, score_w, *of_shape)
         loss = (1.0 - smoothing) * loss + times_jit(smoothing, other)
         slope_w = (1.0 - smoothing) * slope_w + times_jit(smoothing, other_w)
         slope_l = (1.0 - smoothing) * slope_l + times_jit(smoothing, other_l)
         loss += times_jit(sft, err_w) + times_jit(prior, err_l)
-        slope_w = slope_w * pull_w * scale + sft
-        slope_l = slope_l * pull_l * scale * loser + prior
-        slope_w = times_jit(weight, slope_w * knobs[6])
-        slope_l = times_jit(weight, slope_l * knobs[7])
+        slope_w = times_jit(scale, slope_w * pull_w) + sft
+        slope_l = times_jit(loser, times_jit(scale, slope_l * pull_l)) + prior
+        slope_w = times_jit(weight, times_jit(knobs[6], slope_w))
+        slope_l = times_jit(weight, times_jit(knobs[7], slope_l))
         return times_jit(weight, loss), slope_w, slope_l, score_w - score_l

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from . import pair
-from .links import LINKS
+from .links import Link
 
 # Whether TRITON_INTERPRET was set when Triton was imported.
 INTERPRETED = not isinstance(pair.pair_fwd, triton.JITFunction)
@@ -46,7 +46,7 @@ class Plan(NamedTuple):
 
 
 def pair_forward(
-    link: str,
+    link: Link,
     scalars: Sequence[float | Tensor],
     pred: Operand,
     target: Operand,
@@ -58,7 +58,7 @@ def pair_forward(
     error_reduction: str = "mean",
 ) -> tuple[Tensor, Tensor]:
     """One launch: the loss, () or (B,) for reduction "none", and stats (5, B): mse_w, mse_l,
-    margin, and the factors of the gradient; with predictions of a reference (7, B), its errors.
+    margin, and the factors of the gradient; with a reference (9, B), its errors and the gaps.
 
     scalars: the link's hyper-parameters and then, all or none, the knobs: numbers, or tensors of
     shape () or (B,). ref: predictions, or of one dimension, errors. mask: expanded to pred's sizes.
@@ -118,7 +118,7 @@ Laid = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides of a tensor
 
 @functools.lru_cache(4096)
 def _plan_forward(
-    link: str, reduction: str, error_reduction: str, swap: bool, *laid: Laid | None
+    link: Link, reduction: str, error_reduction: str, swap: bool, *laid: Laid | None
 ) -> Plan:
     pred, target, ref, mask = _operands(laid)
     n_pairs, n_elements = _count(pred)
@@ -132,14 +132,13 @@ def _plan_forward(
         ref_w, ref_l = _pointers(ref, swap)
         strides[2] = (_stride(ref_w),), (_stride(ref_l),)
     n_sums = 2 + 4 * paired + 2 * (mask[0] is not None)
-    score, shape, hyper, sft_weight, _ = LINKS[link]
     return Plan(
         grid=(n_pairs * n_programs, 1, 1),
         arguments=(
             n_pairs, n_elements, n_programs,
             sizes, *strides, 1.0 / n_pairs if reduction == "mean" else 1.0,
-            score.triton, shape.triton, len(score.hyper), len(hyper),
-            sft_weight, reduction != "none", error_reduction == "mean",
+            link.score.triton, link.shape.triton, len(link.score.hyper), len(link.hyper),
+            link.sft_weight, reduction != "none", error_reduction == "mean",
             _form(pred, n_pairs, swap), _form(target, n_pairs, swap),
             _form(ref, n_pairs, swap), ref_errors,
             _form(mask, n_pairs, swap), wide, BLOCK,
@@ -148,7 +147,7 @@ def _plan_forward(
         launchers={},
         ticket=True,
         loss=(n_pairs,) if reduction == "none" else (),
-        stats=(7 if paired else 5, n_pairs),
+        stats=(5 if ref[0] is None else 9, n_pairs),
         partials=(n_sums * n_pairs * n_programs,),
     )  # fmt: skip
 
@@ -310,8 +309,9 @@ def _signature(
 
 
 _tickets: dict[tuple[int | None, int], Tensor] = {}
-_spare: dict[int | None, Iterator[Tensor]] = {}
+_spare: dict[int | None, list[Tensor]] = {}
 _slabs: list[Tensor] = []  # captured graphs point into these for as long as they live
+_making = threading.Lock()
 
 
 def _ticket(device: torch.device) -> Tensor:
@@ -319,23 +319,22 @@ def _ticket(device: torch.device) -> Tensor:
     captured launch, since a graph may be replayed on any stream. Every launch leaves its counter at
     0, so that none is cleared again."""
     if device.type == "cpu":  # the interpreter; a launch that raises must not spoil the next one
-        return torch.zeros(1, dtype=torch.int32)
+        return torch.zeros(1, dtype=torch.int32, device=device)
     capturing = _capturing(device)
     key = (device.index, _stream(device))
     if not capturing and key in _tickets:
         return _tickets[key]
-    ticket = next(_spare.get(device.index, iter(())), None)
-    if ticket is None:
-        if capturing:  # nothing can be waited for: the graph gets a counter that it clears itself
-            return torch.zeros(1, dtype=torch.int32, device=device)
-        slab = _new_slab(device)
-        _slabs.append(slab)
-        # 16 bytes apart: the jit would compile anew, perhaps while a graph is captured, for others
-        _spare[device.index] = (slab[i : i + 1] for i in range(0, len(slab), 4))
-        ticket = next(_spare[device.index])
-    if not capturing:
-        _tickets[key] = ticket
-    return ticket
+    with _making:
+        spare = _spare.setdefault(device.index, [])
+        if not spare:
+            if capturing:  # nothing can be waited for: the graph gets a counter it clears itself
+                return torch.zeros(1, dtype=torch.int32, device=device)
+            slab = _new_slab(device)
+            _slabs.append(slab)
+            # 16 bytes apart: the jit would compile anew, perhaps while a graph is captured, else
+            spare += slab.split(1)[::4]
+        ticket = spare.pop()
+        return ticket if capturing else _tickets.setdefault(key, ticket)
 
 
 def _capturing(device: torch.device) -> bool:

@@ -1,5 +1,4 @@
-"""The one file that knows a loss by name: each link in two dialects, the torch value and the Triton
-value with slopes.
+"""The links of all losses, each in two dialects: the torch value, and the Triton value with slopes.
 
 A link is a *score* and a *shape*. The score says how good a sample is from its error `err` and,
 where there is a reference model, `gap` = err - the reference's error; the shape makes the loss of
@@ -10,8 +9,12 @@ preferred). To add a loss: write what it needs of both, enter it in `LINKS`, pub
 
 from __future__ import annotations
 
+import itertools
 import math
+import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -69,12 +72,14 @@ class Hyper(NamedTuple):
 class Score(NamedTuple):
     """torch: (err, gap, *hyper) -> score. triton: the same -> (score, slope), a jit function on
     fp32. The slope is that by whichever of err and gap the score takes; a gap moves as its error
-    does, the reference being a constant."""
+    does, the reference being a constant. weight: the factor among the hyper-parameters that
+    switches a pair off where it is 0."""
 
     torch: Callable[..., Tensor]
     triton: Any
     hyper: Mapping[str, Hyper] = {}
     needs_ref: bool = False
+    weight: Callable[..., Any] = lambda *hyper: 1.0
 
 
 class Shape(NamedTuple):
@@ -85,18 +90,35 @@ class Shape(NamedTuple):
     hyper: Mapping[str, Hyper] = {}
 
 
-class Link(NamedTuple):
+_numbers = itertools.count()
+_by_key: weakref.WeakValueDictionary[str, Link] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Link:
     """loss = shape(score of winner, score of loser) + sft_weight * err_w.
 
     hyper: the score's hyper-parameters and then the shape's, with this link's defaults.
     knobs: of knobs.py, those that this link has at values of its own.
+    name: what error messages call the loss.
+    key: this very link among all there ever were, for what takes no objects (torch.library).
+
+    Links are told apart by identity, so what is cached for one never serves another of its name.
     """
 
     score: Score
     shape: Shape
     hyper: Mapping[str, Hyper]
     sft_weight: float = 0.0
-    knobs: Mapping[str, float] = {}
+    knobs: Mapping[str, float] = field(default_factory=dict)
+    name: str = "link"
+    key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hyper", MappingProxyType(dict(self.hyper)))
+        object.__setattr__(self, "knobs", MappingProxyType(dict(self.knobs)))
+        object.__setattr__(self, "key", f"{self.name}#{next(_numbers)}")
+        _by_key[self.key] = self
 
 
 def link(
@@ -106,10 +128,26 @@ def link(
     knobs: Mapping[str, float] = {},
     **defaults: float | None,
 ) -> Link:
+    """A link from a score and a shape, with defaults of its own for their hyper-parameters."""
     hyper = {**score.hyper, **shape.hyper}
     for name, default in defaults.items():
         hyper[name] = hyper[name]._replace(default=default)
     return Link(score, shape, hyper, sft_weight, knobs)
+
+
+def link_of(key: str) -> Link:
+    """The link that has this key."""
+    return _by_key[key]
+
+
+def register_link(name: str, link: Link) -> None:
+    """Let `pair_loss` and `losses_from_errors` find a link by name; a later one of the same name
+    takes its place."""
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"name must be a non-empty string, got {name!r}")
+    if not isinstance(link, Link):
+        raise TypeError(f"link must be a fastpref_kernels.Link, got a {type(link).__name__}")
+    LINKS[name] = replace(link, name=name)
 
 
 # Scores ------------------------------------------------------------------------------------------
@@ -151,13 +189,13 @@ def _mapo_jit(err, gap, snr, num_train_timesteps):  # type: ignore[no-untyped-de
 
 
 def _smoothed_gap(err: Tensor, gap: Tensor, beta: Any, gamma: Any, prob: Any) -> Tensor:
-    return -0.5 * beta * gamma * (2.0 * prob - 1.0) * gap
+    return -0.5 * beta * gamma * times(2.0 * prob - 1.0, gap)
 
 
 @jit
 def _smoothed_gap_jit(err, gap, beta, gamma, prob):  # type: ignore[no-untyped-def]
     scale = -0.5 * beta * gamma * (2.0 * prob - 1.0)
-    return scale * gap, scale
+    return times_jit(scale, gap), scale
 
 
 BETA = {"beta": Hyper(5000.0)}
@@ -174,6 +212,7 @@ SMOOTHED_GAP = Score(
     _smoothed_gap_jit,
     BETA | {"gamma": Hyper(10.0), "prob": Hyper(None, UNIT)},
     needs_ref=True,
+    weight=lambda beta, gamma, prob: 2.0 * prob - 1.0,
 )
 
 
@@ -181,7 +220,7 @@ SMOOTHED_GAP = Score(
 
 
 def _nothing(w: Tensor, l: Tensor) -> Tensor:
-    return torch.zeros_like(w)
+    return times(0.0, w) + times(0.0, l)
 
 
 @jit
@@ -393,7 +432,7 @@ BUDGET = Shape(
 
 PSO = {"loser_weight": 0.1, "prior_weight": 0.5}
 
-LINKS: dict[str, Link] = {
+_LINKS = {
     "mapo": link(MAPO, BETA_LOG_SIGMOID, sft_weight=1.0),
     "sft": link(ERROR, NOTHING, sft_weight=1.0),
     "orpo": link(ERROR, BETA_LOG_SIGMOID, sft_weight=1.0),
@@ -417,3 +456,4 @@ LINKS: dict[str, Link] = {
     "seppo": link(BETA_GAP, LOG_SIGMOID, beta=2500.0),
     "capo": link(BETA_GAP, CALIBRATED, beta=2500.0),
 }
+LINKS: dict[str, Link] = {name: replace(each, name=name) for name, each in _LINKS.items()}

@@ -162,8 +162,10 @@ def _finish(
         if REF is not None:
             if REF_ERRORS:
                 row_w, row_l = _row_w(pair, n_pairs, REF), _row_l(pair, n_pairs, REF)
-                gap_w -= _scalar(0.0, ref_w, ref_strides[0][0], row_w, inside)
-                gap_l -= _scalar(0.0, ref_l, ref_strides[1][0], row_l, inside)
+                of_ref_w = _scalar(0.0, ref_w, ref_strides[0][0], row_w, inside)
+                of_ref_l = _scalar(0.0, ref_l, ref_strides[1][0], row_l, inside)
+                gap_w -= of_ref_w
+                gap_l -= of_ref_l
             else:
                 gaps = partials + 2 * parts
                 sum_w = _sum_parts(gaps, pair, n_pairs, n_programs, PAIRS, PARTS)
@@ -172,8 +174,11 @@ def _finish(
                 refs = partials + 4 * parts
                 sum_w = _sum_parts(refs, pair, n_pairs, n_programs, PAIRS, PARTS)
                 sum_l = _sum_parts(refs + parts, pair, n_pairs, n_programs, PAIRS, PARTS)
-                tl.store(stats + 5 * n_pairs + pair, _mean(sum_w, size_w), mask=inside)
-                tl.store(stats + 6 * n_pairs + pair, _mean(sum_l, size_l), mask=inside)
+                of_ref_w, of_ref_l = _mean(sum_w, size_w), _mean(sum_l, size_l)
+            tl.store(stats + 5 * n_pairs + pair, of_ref_w, mask=inside)
+            tl.store(stats + 6 * n_pairs + pair, of_ref_l, mask=inside)
+            tl.store(stats + 7 * n_pairs + pair, gap_w, mask=inside)
+            tl.store(stats + 8 * n_pairs + pair, gap_l, mask=inside)
         of_score, of_shape, knobs = (), (), ()
         for i in tl.static_range(len(values)):
             scalar = _scalar(values[i], tensors[i], strides[i], pair, inside)
@@ -224,8 +229,8 @@ def pair_fwd(
     Program (pair, part) adds up every n_programs-th block of its pair into partials
     (kind, n_pairs, n_programs) and takes a ticket. Whoever draws the last ticket sees all partials,
     finishes, and leaves `ticket` at 0 for the next launch.
-    stats (5 or 7, n_pairs): err_w, err_l, margin, the factors of the gradient (w, l), and with
-    ref_pred the reference's errors (w, l).
+    stats (5 or 9, n_pairs): err_w, err_l, margin, the factors of the gradient (w, l), and with a
+    reference its errors (w, l) and the gaps (w, l).
     loss: () or, unless REDUCE, (n_pairs,). pair_scale: 1 / n_pairs for a mean over pairs, else 1.
     values, tensors, strides: of the scalars, hyper-parameters and then knobs.
     """

@@ -84,10 +84,13 @@ def psi_and_slope(x):  # type: ignore[no-untyped-def]
 
 
 def times(weight: Any, value: Tensor) -> Tensor:
-    """weight * value, and 0 for a weight of 0 even where the value overflowed."""
+    """weight * value; for a weight of 0 it is 0 with a gradient of 0, whatever the value."""
     if not isinstance(weight, Tensor):
-        return weight * value if weight else torch.zeros_like(value)
-    return weight * torch.where(weight == 0.0, 0.0, value)
+        if weight:
+            return weight * value
+        return torch.where(torch.zeros_like(value, dtype=torch.bool), value, 0.0)
+    # Finite values stay, so that the derivative by the weight is right at 0 too.
+    return weight * torch.where((weight == 0.0) & ~value.isfinite(), 0.0, value)
 
 
 @jit
