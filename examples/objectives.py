@@ -138,6 +138,8 @@ class Objective:
         self.options = {name: value for name, value in given.items() if value is not None}
         if "num_train_timesteps" in self.takes:
             self.options["num_train_timesteps"] = num_train_timesteps
+        if "paired" in self.takes:  # losers are measured, and not trained on
+            self.options["paired"] = True
         self.needs_reference = "ref_pred" in self.takes
         if args.loss == "pso":  # whose default does not compare
             self.needs_reference = args.loss_type == "sigmoid"

@@ -1,8 +1,16 @@
-"""What beta means elsewhere: with or without 1/2, over means or sums, with or without T."""
+"""Conventions of beta in other codes: with or without 1/2 and T, over means or sums."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+import numbers
+from typing import Literal, NamedTuple, TypeAlias
+
+DPOLossType: TypeAlias = Literal[
+    "sigmoid", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard",
+    "apo_zero", "apo_down", "alpha",
+]  # fmt: skip
+DPO_LOSS_TYPES: tuple[DPOLossType, ...] = DPOLossType.__args__  # type: ignore[attr-defined]
 
 
 class Convention(NamedTuple):
@@ -35,10 +43,11 @@ def convert_beta(
     source: str,
     target: str = "fastpref",
     *,
+    loss_type: str = "sigmoid",
     n_elements: int | None = None,
     num_train_timesteps: int = 1000,
 ) -> float:
-    """The beta that makes `target`'s Diffusion-DPO loss what `source`'s is with `beta`.
+    """The beta with which `target`'s Diffusion-DPO loss is what `source`'s is with `beta`.
 
     ``beta * factor * (n_elements if sums) * (num_train_timesteps if timesteps)`` is equal in both:
 
@@ -58,26 +67,41 @@ def convert_beta(
     DiffSynth             1       mean        no
     ====================  ======  ==========  ===
 
+    In ``ipo`` and ``sppo_hard`` beta does not scale the margin, only the value 1 / (2 beta) that
+    the margin is regressed on, so the factor has no part: beta is the same between conventions of
+    means. Where one margin is a sum, or has T, beta moves by n_elements or T, and the loss itself
+    differs by the square of that. Of the codes above only diffusers-sd15 has ipo; for the others
+    this is what follows from their margin.
+
     Args:
-        beta: in source's convention.
+        beta: in source's convention, above 0.
         source, target: names from the table. "fastpref" is what `dpo_loss` and the losses with a
             -beta/2 take; seppo_loss, capo_loss and pso_loss have no 1/2, and so half that beta.
+        loss_type: of `dpo_loss`.
         n_elements: elements of a sample, 4 * 128 * 128 for SDXL at 1024 pixels; where sums come in.
         num_train_timesteps: the paper's T.
 
-    Raises: ValueError. Weights of time (DiffSynth's) go to sample_weight, and do not change beta.
+    Raises: TypeError, ValueError. Weights of time (DiffSynth's) go to sample_weight, and do not
+    change beta.
     """
+    if isinstance(beta, bool) or not isinstance(beta, numbers.Real):
+        raise TypeError(f"beta must be a float, got a {type(beta).__name__}")
+    if not 0.0 < beta < math.inf:
+        raise ValueError(f"beta is {beta}; expected a finite number above 0")
+    if loss_type not in DPO_LOSS_TYPES:
+        raise ValueError(f"loss_type is {loss_type!r}; expected one of {', '.join(DPO_LOSS_TYPES)}")
     strengths = []
     for argument, name in (("source", source), ("target", target)):
         if name not in CONVENTIONS:
             known = ", ".join(CONVENTIONS)
-            raise ValueError(f"{argument} is {name!r}: one of {known} is needed")
+            raise ValueError(f"{argument} is {name!r}; expected one of {known}")
         factor, sums, timesteps, _ = CONVENTIONS[name]
         if sums and not n_elements:
             raise ValueError(
-                f"n_elements is {n_elements}: the number of elements of a sample is needed, for "
-                f"{name} adds their squares up"
+                f"n_elements is {n_elements}; expected the number of elements of a sample, because "
+                f"{name} sums their squares"
             )
-        factor *= n_elements if sums and n_elements else 1
-        strengths.append(factor * (num_train_timesteps if timesteps else 1))
-    return beta * strengths[0] / strengths[1]
+        strength = 1.0 if loss_type in ("ipo", "sppo_hard") else factor
+        strength *= n_elements if sums and n_elements else 1
+        strengths.append(strength * (num_train_timesteps if timesteps else 1))
+    return float(beta) * strengths[0] / strengths[1]

@@ -1,4 +1,4 @@
-"""Knows what the curves of a run say about it, and which knob answers to what they say."""
+"""A reading of training curves: which known pattern they show, and which setting to change."""
 
 from __future__ import annotations
 
@@ -195,13 +195,13 @@ def _column(rows: Sequence[Mapping[str, float]], name: str) -> list[float]:
     values = []
     for i, row in enumerate(rows):
         if not isinstance(row, Mapping):
-            raise TypeError(f"history[{i}] is a {type(row).__name__}: a mapping is needed")
+            raise TypeError(f"history[{i}] must be a mapping, got a {type(row).__name__}")
         if name not in row:
-            raise ValueError(f"history[{i}] has no {name}: every row of a history needs it")
+            raise ValueError(f"history[{i}] has no {name}; every row needs one")
         try:
             values.append(float(row[name]))
         except (TypeError, ValueError):
             raise TypeError(
-                f"history[{i}][{name!r}] is a {type(row[name]).__name__}: a number is needed"
+                f"history[{i}][{name!r}] must be a number, got a {type(row[name]).__name__}"
             ) from None
     return values

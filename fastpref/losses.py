@@ -15,20 +15,15 @@ between conventions.
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from .conventions import DPO_LOSS_TYPES, DPOLossType
 from .dispatch import Knobs, LossOutput, OneSidedKnobs, UnsmoothedKnobs, pair_loss
 from .pairs import Halves, Scalar
-
-DPOLossType: TypeAlias = Literal[
-    "sigmoid", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard",
-    "apo_zero", "apo_down", "alpha",
-]  # fmt: skip
-DPO_LOSS_TYPES: tuple[DPOLossType, ...] = DPOLossType.__args__  # type: ignore[attr-defined]
 
 
 def mapo_loss(
@@ -144,9 +139,11 @@ def dpo_loss(
     """
     if loss_type not in DPO_LOSS_TYPES:
         known = ", ".join(DPO_LOSS_TYPES)
-        raise ValueError(f"loss_type is {loss_type!r}: one of {known} is needed")
+        raise ValueError(f"loss_type is {loss_type!r}; expected one of {known}")
     if alpha is not None and loss_type != "alpha":
-        raise ValueError(f'alpha came with loss_type {loss_type!r}: "alpha" alone takes it')
+        raise ValueError(
+            f'alpha was given with loss_type {loss_type!r}; only loss_type "alpha" uses it'
+        )
     return pair_loss(
         model_pred,
         target,
@@ -226,14 +223,14 @@ def smoothed_preference(
     """
     for name, score in (("score_w", score_w), ("score_l", score_l)):
         if not isinstance(score, Tensor):
-            raise TypeError(f"{name} is a {type(score).__name__}: a torch.Tensor is needed")
+            raise TypeError(f"{name} must be a torch.Tensor, got a {type(score).__name__}")
     if score_w.dim() != 1 or score_w.shape != score_l.shape:
         raise ValueError(
-            f"score_w has shape {tuple(score_w.shape)} and score_l {tuple(score_l.shape)}: "
-            "one score a pair, (B,), is needed of both"
+            f"score_w has shape {tuple(score_w.shape)} and score_l {tuple(score_l.shape)}; "
+            "expected one score per pair, (B,), in both"
         )
     if not high > low:
-        raise ValueError(f"high is {high} and low {low}: high above low is needed")
+        raise ValueError(f"high is {high} and low is {low}; expected high above low")
     return torch.sigmoid((score_w.float() - score_l.float()) / (high - low))
 
 
@@ -389,7 +386,7 @@ def npo_loss(
     github.com/G-U-N/Diffusion-NPO.
     """
     if loss_type not in ("sigmoid", "hinge", "ipo"):
-        raise ValueError(f"loss_type is {loss_type!r}: one of sigmoid, hinge, ipo is needed")
+        raise ValueError(f"loss_type is {loss_type!r}; expected sigmoid, hinge or ipo")
     return pair_loss(
         model_pred,
         target,
@@ -532,7 +529,7 @@ def pso_loss(
     log probabilities of sampling steps, and is not here.
     """
     if loss_type not in ("hinge", "sigmoid"):
-        raise ValueError(f"loss_type is {loss_type!r}: hinge or sigmoid is needed")
+        raise ValueError(f"loss_type is {loss_type!r}; expected hinge or sigmoid")
     return pair_loss(
         model_pred,
         target,
@@ -546,35 +543,55 @@ def pso_loss(
     )
 
 
-def sft_loss(model_pred: Halves, target: Halves, **knobs: Unpack[Knobs]) -> LossOutput:
-    """Supervised fine-tuning on the winners, the baseline: losers are measured, and not trained on.
+def sft_loss(
+    model_pred: Halves,
+    target: Halves,
+    *,
+    paired: bool | None = None,
+    **knobs: Unpack[Knobs],
+) -> LossOutput:
+    """Supervised fine-tuning, the baseline: on the winners of pairs, or on an unpaired batch.
 
-    Per pair, ``loss = mse_w``, ``margin = mse_l - mse_w``. Arguments are as in `pair_loss`.
+    Per pair, ``loss = mse_w``, ``margin = mse_l - mse_w``: losers are measured, and not trained on.
+    Of an unpaired batch every sample is trained on, ``loss = mse``.
+
+    Args:
+        model_pred, target: as in `pair_loss`, or an unpaired batch of (B, ...) each.
+        paired: True if model_pred stacks pairs, False if it is an unpaired batch. It must be given
+            where both are single tensors of equal length, which may be either; a tuple (winners,
+            losers), or a target that pairs share, says by itself that they are pairs.
+        knobs: as in `pair_loss`; one number per sample, (B,), where the batch is unpaired.
+
+    Returns:
+        LossOutput. For an unpaired batch mse_w has the errors of all samples, mse_l repeats them,
+        and margins are 0.
 
     Source: the simple objective of Ho et al., "Denoising Diffusion Probabilistic Models",
     arXiv:2006.11239.
     """
-    return pair_loss(model_pred, target, link="sft", **knobs)
+    return pair_loss(*_pairs(model_pred, target, paired), link="sft", **knobs)
 
 
 def self_npo_loss(
     model_pred: Halves,
     target: Halves,
     *,
+    paired: bool | None = None,
     huber_c: Scalar | None = 0.001,
     **knobs: Unpack[Knobs],
 ) -> LossOutput:
     """Self-NPO's regression on self-generated samples, for a negative model: `sft_loss` with
     pseudo-Huber errors.
 
-    Per pair, with the error of a sample mean sqrt((model_pred - target)^2 + huber_c^2) - huber_c in
-    place of mse::
+    With the error of a sample mean sqrt((model_pred - target)^2 + huber_c^2) - huber_c in place of
+    mse::
 
         loss = mse_w,    margin = mse_l - mse_w
 
     Args:
-        model_pred, target: as in `pair_loss`; winners are the model's own truncated samples, which
-            are trained on. Losers are measured only: the data's images, say, as (winners, losers).
+        model_pred, target, paired: as in `sft_loss`. The model's own truncated samples are trained
+            on: as an unpaired batch, or as winners, whose losers (the data's images, say) are
+            measured only.
         huber_c: where the error turns from quadratic to linear; a float or 0-d tensor. None for
             squares, the official code's other choice.
         knobs: as in `pair_loss`.
@@ -583,7 +600,30 @@ def self_npo_loss(
     "Self-NPO", arXiv:2505.11777, and Self-NPO/train.py of github.com/G-U-N/Diffusion-NPO, lines
     1142-1147.
     """
-    return pair_loss(model_pred, target, link="sft", huber_c=huber_c, **knobs)
+    pairs = _pairs(model_pred, target, paired)
+    return pair_loss(*pairs, link="sft", huber_c=huber_c, **knobs)
+
+
+def _pairs(model_pred: Halves, target: Halves, paired: bool | None) -> tuple[Halves, Halves]:
+    """Pairs as they are, and an unpaired batch as pairs of each sample with itself."""
+    if paired is not None and not isinstance(paired, bool):
+        raise TypeError(f"paired must be True or False, got {paired!r}")
+    if not isinstance(model_pred, Tensor) or not isinstance(target, Tensor):
+        if paired is False:
+            raise ValueError(
+                "paired is False, but model_pred or target is no single tensor; expected an "
+                "unpaired batch, (B, ...) each"
+            )
+        return model_pred, target
+    if paired is None and model_pred.dim() and model_pred.shape == target.shape:
+        raise ValueError(
+            f"paired is missing: model_pred and target have {model_pred.shape[0]} samples each; "
+            "expected paired=True if they are pairs, winners first, of which the losers are not "
+            "trained on, or paired=False if they are an unpaired batch"
+        )
+    if paired is not False:
+        return model_pred, target
+    return (model_pred, model_pred.detach()), (target, target)
 
 
 def _given(**scalars: Scalar | None) -> dict[str, Any]:

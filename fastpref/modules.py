@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from . import dispatch, losses
+from .scalars import unexpected
 
 
 class PairLossModule(nn.Module):
@@ -27,7 +28,7 @@ class PairLossModule(nn.Module):
         known = [*inspect.signature(type(self).function).parameters][:-1]
         known += dispatch.Knobs.__annotations__
         if unknown := sorted(options.keys() - set(known)):
-            raise TypeError(f"{', '.join(unknown)} came, but {type(self).__name__} takes {known}")
+            raise TypeError(unexpected(type(self).__name__, unknown, known))
 
     def forward(self, *tensors: Any, **options: Any) -> dispatch.LossOutput:
         return type(self).function(*tensors, **{**self.options, **options})

@@ -140,7 +140,7 @@ def test_sft_learns_without_a_margin() -> None:
     rows: Rows = []
     for step in range(60):
         pred = torch.cat([torch.full((4, 3), 0.97**step), torch.ones(4, 3)])
-        metrics = sft_loss(pred, target).metrics()
+        metrics = sft_loss(pred, target, paired=True).metrics()
         rows.append({name: float(value) for name, value in metrics.items()})
     assert health(rows).picture == "healthy"
 
@@ -155,9 +155,9 @@ def test_rows_of_a_trainer() -> None:
     ("row", "error", "words"),
     [
         ({"mse_w": 1.0}, ValueError, r"history\[25\] has no mse_l"),
-        ({"mse_w": "high"}, TypeError, r"history\[25\]\['mse_w'\] is a str"),
-        ({"mse_w": None}, TypeError, r"history\[25\]\['mse_w'\] is a NoneType"),
-        (3.0, TypeError, r"history\[25\] is a float"),
+        ({"mse_w": "high"}, TypeError, r"history\[25\]\['mse_w'\] must be a number, got a str"),
+        ({"mse_w": None}, TypeError, r"history\[25\]\['mse_w'\] must be a number, got a NoneType"),
+        (3.0, TypeError, r"history\[25\] must be a mapping, got a float"),
     ],
 )
 def test_bad_rows(row: Any, error: type[Exception], words: str) -> None:

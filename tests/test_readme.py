@@ -78,6 +78,8 @@ def test_the_table_of_losses_is_what_they_compute() -> None:
                 call(function, False, **options)
         if name == "self_npo_loss":
             options["huber_c"] = None
+        if "paired" in inspect.signature(function).parameters:
+            options["paired"] = True
         out = call(function, "ref" in needs, **options)
         names: dict[str, Any] = {**defaults, "T": defaults.get("num_train_timesteps")}
         wanted = evaluated(margin, **names)
@@ -90,7 +92,7 @@ def test_the_table_of_losses_is_what_they_compute() -> None:
 def test_the_table_of_dpo_loss_types_is_what_they_compute() -> None:
     cells = rows("| loss_type | loss | | loss_type | loss |")
     table = [pair for row in cells for pair in (row[:2], row[3:]) if pair[0]]
-    assert sorted(name for name, _ in table) == sorted(fastpref.losses.DPO_LOSS_TYPES)
+    assert sorted(name for name, _ in table) == sorted(fastpref.conventions.DPO_LOSS_TYPES)
     for name, loss in table:
         options: dict[str, Any] = {"loss_type": name, "beta": 60.0}
         names: dict[str, Any] = {"beta": 60.0, "e": 0.1, "alpha": 0.6}
