@@ -51,18 +51,24 @@ def ddim_inversion(
 ) -> Inverted:
     """DDIM inversion: latents as the model's own sampler would have passed them at `timesteps`.
 
-    Every sample walks from clean, abar = 1, to its own t in `num_steps` steps, evenly spaced in t
-    up to rounding. With abar_a where a step starts and abar_b where it ends::
+    Every sample walks from clean, abar = 1, to its own t in `num_steps` steps. With abar_a where a
+    step starts and abar_b where it ends::
 
         x_b     = sqrt(abar_b) * x0_hat + sqrt(1 - abar_b) * eps_hat  [+ eta * sigma_b * noise]
         x0_hat  = (x_a - sqrt(1 - abar_a) * eps_hat) / sqrt(abar_a)
-        eps_hat = the model's noise at (x_a, b)
+        eps_hat = the model's noise at (x_a, (a + b) // 2), or half of it at (x0, b) in step 1
         sigma_b = sqrt((1 - abar_a) / (1 - abar_b) * (1 - abar_b / abar_a))
 
-    The model is told b and not a, as in ReNoise's code and in diffusers from 0.22 on, and a
-    prediction of v or x0 is read at b too: one model gives the same latents in any of its
-    parametrisations. The last step ends on t, so `target` belongs to `noisy`. A sample with
-    t + 1 < num_steps has fewer timesteps than steps: some of its steps move nothing.
+    Over a step the model's noise grows mostly because the noise level does, so the level in the
+    middle stands for the whole step best. (diffusers told the model a before 0.22 and tells it b
+    since.) Clean latents have no noise in them and no timestep, so the first step takes the mean of
+    0 and the noise where it ends. A prediction of v or x0 is read at the timestep that the model
+    was told: one model gives the same latents in any of its parametrisations.
+
+    Step k of K ends on the timestep whose angle, arctan(sqrt((1 - abar) / abar)), is nearest to
+    (k / K)^1.5 of t's angle: steps are short near clean, where fine detail is decided. The last
+    one ends on t, so `target` belongs to `noisy`. At a small t, steps that round to the same
+    timestep move nothing.
 
     Args:
         model: ``model(x, t) -> prediction``: x (B, ...) of latents' dtype, t (B,) int64, result of
@@ -76,7 +82,8 @@ def ddim_inversion(
         schedule: a diffusers scheduler (only `alphas_cumprod` and `config.prediction_type` are
             read), or alphas_cumprod itself, (T,), fp32 or fp64. Half precision is refused: in fp16
             1 - abar is off by 15 % at t = 0 of SDXL's schedule.
-        num_steps: steps per sample, from 1. The error against the model's ODE falls as 1/num_steps.
+        num_steps: steps per sample, from 1. The error against the model's ODE falls as 1/num_steps;
+            benchmarks/inversion_error.py measures it for 10.
         eta: weight of fresh noise, from 0. InPO has 0.1. sigma_b is DDIM's, of the same step of the
             sampler, so a first step adds none. The noise comes on top: x_t gets more variance.
         generator: of that noise, on any device.
@@ -98,6 +105,7 @@ def ddim_inversion(
 
     - ends on a point of a fixed grid, up to 100 timesteps off t, with its target taken at t;
     - sends the whole batch to the first sample's t;
+    - spaces its grid evenly in t: the first of 10 steps covers a fifth of the angle to t = 999;
     - starts from abar_0, not 1, where the scheduler has set_alpha_to_one=False.
 
     Which grid that is, whether the model is told a or b, and sigma depend there on diffusers'
@@ -129,31 +137,34 @@ def renoise_inversion(
     average_last: int | None = None,
     prediction_type: PredictionType | None = None,
 ) -> Inverted:
-    """ReNoise inversion: DDIM inversion whose every step is repeated from where it would end.
+    """ReNoise inversion: DDIM inversion whose steps use the noise where they end as well.
 
-    A step from x_a to x_b, with step(x_a, eps) the step of `ddim_inversion`::
+    A step from x_a to x_b, with step(x_a, eps) that of `ddim_inversion` and on its grid::
 
-        x_b[0] = x_a
-        x_b[i] = step(x_a, the model's noise at (x_b[i - 1], b))       i = 1 .. num_evals
-        x_b    = mean of the last average_last of x_b[1 ..]
+        eps[1] = the model's noise at (x_a, a); 0 in the first step, where x_a is clean
+        eps[i] = the model's noise at (step(x_a, eps[i - 1]), b)      i = 2 .. num_evals
+        x_b    = step(x_a, mean of the last average_last of eps[1 ..])
 
-    (averaging these is averaging the noises). With average_last=1 and many evaluations x_b is what
-    a DDIM sampling step turns into x_a exactly. That is what ReNoise is closer to: of DDIM
-    inversion's error, seen by sampling back on the same grid, 2 evaluations leave a half to two
-    thirds (Gaussian data, 10 steps). It need not be closer to the model's ODE, which that sampler
-    misses too.
+    By default that is the mean of both ends of the step, Heun's method: the error against the
+    model's ODE falls as 1/num_steps^2. With average_last=1 and many evaluations x_b is instead what
+    a DDIM sampling step turns into x_a exactly, and sampling back on the same grid returns to x0.
+    The default does not: it misses x0 by that sampler's own error.
 
     Args:
         num_evals: evaluations of the model per step, from 1 (then it is DDIM inversion with eta 0).
+            From 2 on the first step needs one less: num_steps * num_evals - 1 in all.
         average_last: how many of them are averaged, from 1 to num_evals; None for all.
 
         The defaults are SmPO's. All else, result and errors are as in `ddim_inversion`.
 
     Source: Garibi et al., "ReNoise", arXiv:2403.14602, without its noise regularisation and noise
     correction; its use: Lu et al., "SmPO-Diffusion", arXiv:2506.02698, and train.py of
-    github.com/JaydenLyh/SmPO (10 steps for SDXL, 5 for SD1.5, no guidance). What `ddim_inversion`
-    says of InPO's code holds for it too; it pins diffusers 0.20, whose first step tells the model
-    a negative t.
+    github.com/JaydenLyh/SmPO (10 steps for SDXL, 5 for SD1.5, no guidance). On purpose unlike both
+    codes, which tell the model one timestep for both evaluations of a step: b in ReNoise's, and in
+    SmPO's what its diffusers says (it pins 0.20, which says a, negative in the first step; from
+    0.22 on b). Their mean is of first order. What `ddim_inversion` says of InPO's code holds for
+    SmPO's too. With diffusers from 0.22 on it stops up to 100 timesteps short of t, and at some t
+    the noise that is missing makes up for what its coarse steps add too much.
     """
     num_evals = _count("num_evals", num_evals)
     last = num_evals if average_last is None else _count("average_last", average_last)
@@ -217,15 +228,26 @@ def inversion_target(
     return _target(noisy.to(work), latents.to(work), abar[times], predicts)
 
 
-class _Step(NamedTuple):
-    """One step of every sample; all but `timestep` are factors, shaped to multiply latents."""
+class _Point(NamedTuple):
+    """Where the model is told that its input lies; the factors are shaped to multiply latents."""
 
-    timestep: Tensor  # (B,), where the step ends
+    timestep: Tensor  # (B,)
+    signal: Tensor  # sqrt(abar)
+    noise: Tensor  # sqrt(1 - abar)
+
+
+class _Step(NamedTuple):
+    """One step of every sample; the factors are shaped to multiply latents."""
+
+    start: _Point
+    middle: _Point
+    end: _Point
     keep: Tensor  # of the latents
     add: Tensor  # of the noise that the model predicts
-    signal: Tensor  # sqrt(abar) where the step ends
-    noise: Tensor  # sqrt(1 - abar) where it ends
     sigma: Tensor  # of the fresh noise, for eta = 1
+
+    def __call__(self, x: Tensor, eps: Tensor) -> Tensor:
+        return self.keep * x + self.add * eps
 
 
 def _invert(
@@ -249,12 +271,19 @@ def _invert(
     abar, predicts = _check_schedule(schedule, prediction_type)
     times = _check_timesteps(timesteps, latents.shape[0], abar.numel())
     x = clean = latents.to(work)
-    for step in _steps(abar, times, num_steps, clean):
-        guesses = [x]
-        for _ in range(num_evals):
-            eps = _epsilon(model, guesses[-1], step, latents.dtype, predicts)
-            guesses.append(step.keep * x + step.add * eps)
-        x = torch.stack(guesses[-average_last:]).mean(0)
+
+    def noise(x: Tensor, told: _Point) -> Tensor:
+        return _epsilon(model, x, told, latents.dtype, predicts)
+
+    for k, step in enumerate(_steps(abar, times, num_steps, clean)):
+        if num_evals > 1:
+            found = [noise(x, step.start) if k else torch.zeros_like(x)]
+            while len(found) < num_evals:
+                found.append(noise(step(x, found[-1]), step.end))
+            eps = torch.stack(found[-average_last:]).mean(0)
+        else:
+            eps = noise(x, step.middle) if k else noise(x, step.end) / 2
+        x = step(x, eps)
         if eta:
             x = x + eta * step.sigma * _randn_like(x, generator)
     return Inverted(x.to(latents.dtype), _target(x, clean, abar[times], predicts))
@@ -263,24 +292,38 @@ def _invert(
 def _steps(abar: Tensor, timesteps: Tensor, num_steps: int, like: Tensor) -> list[_Step]:
     """The way from clean to each sample's timestep. `abar` and `timesteps` are on the host, where
     fp64 costs nothing; the factors get `like`'s device and dtype."""
-    k = torch.arange(num_steps + 1)[:, None]
-    # clean counts as timestep -1; rounded up, the first step already ends on a real one
-    grid = -(-k * (timesteps + 1) // num_steps) - 1
-    levels = torch.cat([abar.new_ones(1), abar])[grid + 1]
+    grid = _grid(abar, timesteps, num_steps)
+    told = torch.stack([grid[:-1], (grid[:-1] + grid[1:]) // 2, grid[1:]], dim=1).clamp(min=0)
+    levels = torch.cat([abar.new_ones(1), abar])[grid + 1]  # clean counts as timestep -1
     start, end = levels[:-1], levels[1:]
     ratio = torch.where(start == end, 1.0, end / start)  # 1, not 0/0, on pure noise
-    keep, signal, noise = ratio.sqrt(), end.sqrt(), (1 - end).sqrt()
-    add = noise - keep * (1 - start).sqrt()
+    keep = ratio.sqrt()
+    add = (1 - end).sqrt() - keep * (1 - start).sqrt()
     sigma = ((1 - start) / (1 - end) * (1 - ratio)).sqrt()
-    factors = torch.stack([keep, add, signal, noise, sigma], dim=1).to(like.dtype)
+    at = abar[told]
+    factors = torch.cat([at.sqrt(), (1 - at).sqrt(), torch.stack([keep, add, sigma], 1)], dim=1)
+    factors = factors.to(like.dtype)
     factors = _onto(like.device, factors.reshape(*factors.shape, *[1] * (like.dim() - 1)))
-    told = _onto(like.device, grid[1:])
-    return [_Step(t, *f.unbind()) for t, f in zip(told, factors, strict=True)]
+    steps = []
+    for where, f in zip(_onto(like.device, told), factors, strict=True):
+        first, middle, last = map(_Point, where, f[:3], f[3:6])
+        steps.append(_Step(first, middle, last, f[6], f[7], f[8]))
+    return steps
 
 
-def _epsilon(model: Model, x: Tensor, step: _Step, dtype: torch.dtype, predicts: str) -> Tensor:
-    """The noise in x by the model, which is told that x lies where the step ends."""
-    pred = model(x.to(dtype), step.timestep)
+def _grid(abar: Tensor, timesteps: Tensor, num_steps: int) -> Tensor:
+    """(num_steps + 1, B), the timesteps where each sample's steps end, after a first row of -1."""
+    angles = torch.atan2((1 - abar).sqrt(), abar.sqrt())
+    share = torch.arange(num_steps + 1, dtype=abar.dtype)[:, None] / num_steps
+    grid = torch.searchsorted((angles[1:] + angles[:-1]) / 2, share**1.5 * angles[timesteps])
+    grid = torch.minimum(grid, timesteps)
+    grid[0], grid[-1] = -1, timesteps
+    return grid
+
+
+def _epsilon(model: Model, x: Tensor, told: _Point, dtype: torch.dtype, predicts: str) -> Tensor:
+    """The noise in x by the model, which is told that x lies at `told`."""
+    pred = model(x.to(dtype), told.timestep)
     if not isinstance(pred, Tensor):
         sample = ", its .sample perhaps," if hasattr(pred, "sample") else ""
         raise TypeError(f"model returned a {type(pred).__name__}: a tensor{sample} is needed")
@@ -291,8 +334,8 @@ def _epsilon(model: Model, x: Tensor, step: _Step, dtype: torch.dtype, predicts:
         )
     pred = pred.to(x.dtype)
     if predicts == "v_prediction":
-        return step.signal * pred + step.noise * x
-    return (x - step.signal * pred) / step.noise if predicts == "sample" else pred
+        return told.signal * pred + told.noise * x
+    return (x - told.signal * pred) / told.noise if predicts == "sample" else pred
 
 
 def _target(noisy: Tensor, clean: Tensor, abar: Tensor, predicts: str) -> Tensor:
