@@ -25,8 +25,8 @@ from PIL import Image
 
 import generate
 from curves import append_metrics
+from lora_files import LORA_FILE
 from model_card import push, shown, write_card
-from policy import LORA_FILE
 from tiny_sdxl import tiny_sdxl
 
 PROMPTS = ["a cat", "a dog"]

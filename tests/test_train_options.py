@@ -37,9 +37,9 @@ import train_sdxl
 from checkpoints import list_checkpoints
 from curves import read_metrics
 from flags import parse_args
+from lora_files import LORA_FILE
 from objectives import LOSSES
 from photo_pairs import blur, load_photograph
-from policy import LORA_FILE
 from sdxl import min_snr_weight
 from small_run import ROOT, Train, argv, assert_same_weights, seeing, unet_of
 from tiny_sdxl import tiny_sdxl
