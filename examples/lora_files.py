@@ -45,7 +45,8 @@ def original_name(name: str, layers_per_block: int) -> str:
 def adapters_of(part: str, model: Any, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """The adapters by peft's names; a text encoder's begin with `text_model.`, which CLIPTextModel
     has in transformers 4 and in all files, but not in transformers 5."""
-    adapters = get_peft_model_state_dict(model, state_dict=state)
+    # Embeddings are never trained; asked about them, peft looks the base up on the hub.
+    adapters = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     if part == "unet":
         return adapters
     prefix = "text_model."

@@ -63,7 +63,7 @@ def adapt(models: list[Any], rank: int = 4, alpha: float | None = None) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in trainable(models):
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
 
 
 def predictions(pipeline: StableDiffusionXLPipeline) -> list[Tensor]:
