@@ -164,9 +164,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--push_to_hub", action=argparse.BooleanOptionalAction, default=False,
          help="upload the result and its card at the end")
     flag("--hub_model_id", metavar="USER/NAME", help="where to; needed with --push_to_hub")
-    flag("--hub_private_repo", action="store_true",
-         help="upload into a private repository; by default your account's setting decides, and "
-         "that is mostly public")
+    flag("--hub_private_repo", action=argparse.BooleanOptionalAction,
+         help="upload into a private repository; without the flag, a new one is what your "
+         "account's settings say, which is public unless you changed them")
     flag("--hub_token", metavar="TOKEN",
          help="the token to upload with, instead of HF_TOKEN or the one that `hf auth login` "
          "stored; other programs on this machine can see it in the command line")

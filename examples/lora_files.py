@@ -34,8 +34,8 @@ def original_name(name: str, layers_per_block: int) -> str:
     side, block, layer, rest = found.groups()
     if side == "mid_block":
         return f"middle_block.1.{rest}"
-    # There, blocks are numbered through: down, each ends with one that halves, and the first is
-    # the convolution of the input; up, each has one layer more.
+    # The original numbers all layers of one side. Before a down block's layers comes the first
+    # convolution, and behind them a layer that halves; an up block has one layer more.
     index = int(block) * (layers_per_block + 1) + int(layer)
     if side == "down_blocks":
         return f"input_blocks.{index + 1}.1.{rest}"
@@ -78,9 +78,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     header["__metadata__"] = dict(sorted(metadata.items()))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    aside = path.with_name(f".tmp-{path.name}")
-    with aside.open("wb") as file:
-        file.writelines((len(text).to_bytes(8, "little"), text, memoryview(data)[begin:]))
+    aside = path.with_name(f".tmp-{path.stem}")  # diffusers would open any .safetensors
+    try:
+        with aside.open("wb") as file:
+            file.writelines((len(text).to_bytes(8, "little"), text, memoryview(data)[begin:]))
+    except BaseException:
+        aside.unlink()
+        raise
     os.replace(aside, path)
 
 
@@ -104,7 +108,7 @@ def write_lora(
                 settings[f"{part}.{field}"] = sorted(value) if isinstance(value, set) else value
     metadata = json.dumps(settings, indent=2, sort_keys=True)
     write_tensors(folder / LORA_FILE, ours, {"format": "pt", LORA_ADAPTER_METADATA_KEY: metadata})
-    # AUTOMATIC1111 takes a file with other metadata, and without this, for one of SD 1.
+    # AUTOMATIC1111 lists a file whose metadata lacks the base among the LoRAs of SD 1.
     about = {"ss_base_model_version": "sdxl_base_v1-0", "ss_network_module": "networks.lora"}
     write_tensors(folder / KOHYA_FILE, kohya, {"format": "pt", **about})
     return [LORA_FILE, KOHYA_FILE]

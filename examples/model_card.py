@@ -148,7 +148,10 @@ def write_card(
         f"## Use\n\n{snippet(base or last_part(base_model), repo_id or name, lora)}",
     ]
     if lora:
-        parts.append(f"ComfyUI, AUTOMATIC1111 and other tools for kohya's files: `{KOHYA_FILE}`.")
+        parts.append(
+            f"`{KOHYA_FILE}` is the same LoRA for ComfyUI, AUTOMATIC1111 and other tools that read "
+            "the files of kohya's scripts."
+        )
     titles = {"Last step": metrics_path, "Held-out pairs": heldout_path}
     for title, path in titles.items():
         rows = read_metrics(path) if path is not None else []
@@ -169,19 +172,23 @@ def write_card(
     return [CARD, *names]
 
 
-def push(folder: Path, files: Sequence[str], repo_id: str, private: bool = False) -> str:
+def push(folder: Path, files: Sequence[str], repo_id: str, private: bool | None = None) -> str:
     """Put these files of `folder`, and nothing else, on the hub; return the address.
 
-    Whatever lies beside them, such as checkpoints, training images and latents, stays here.
+    Whatever lies beside them, such as checkpoints, training images and latents, stays here. With
+    `private` None a new repository is what the account's settings say.
     """
     links = [name for name in files if (folder / name).resolve() != folder.resolve() / name]
     if links:
-        raise ValueError(f"{', '.join(links)} in {folder}: a link or outside; nothing was uploaded")
-    url = huggingface_hub.create_repo(repo_id, private=private or None, exist_ok=True)
+        raise ValueError(
+            f"{', '.join(links)} in {folder} is a link, or leads out of it; need files of its own; "
+            "nothing was uploaded"
+        )
+    url = huggingface_hub.create_repo(repo_id, private=private, exist_ok=True)
     if private and not huggingface_hub.model_info(url.repo_id).private:
         raise ValueError(
             f"--hub_private_repo came, and {url.repo_id} exists and is public; nothing was "
-            f"uploaded. Make it private on the hub, or give another --hub_model_id"
+            "uploaded. Make it private on the hub, or give another --hub_model_id"
         )
     huggingface_hub.create_commit(
         url.repo_id,

@@ -249,11 +249,13 @@ class Hub:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, private: bool | None = None) -> None:
         """`private` is what the repository is already, if it exists."""
         self.private, self.uploaded = private, dict[str, bytes]()
+        self.asked: bool | None = None
         for name in ("create_repo", "create_commit", "model_info"):
             monkeypatch.setattr(huggingface_hub, name, getattr(self, name))
 
     def create_repo(self, repo_id: str, *, private: bool | None, exist_ok: bool) -> Any:
         assert exist_ok
+        self.asked = private
         if self.private is None:
             self.private = bool(private)
 
@@ -281,11 +283,11 @@ def test_a_push_uploads_the_files_that_it_is_told(
     names = [LORA_FILE, "validation/step-[5].png"]
     for name in (*names, "validation/step-5.png", "secret.txt"):
         (tmp_path / name).write_text(name)
-    for private in (False, True):
+    for private in (None, False, True):
         hub = Hub(monkeypatch)
         assert push(tmp_path, names, "mine", private=private) == "https://hub/me/mine"
         assert hub.uploaded == {name: name.encode() for name in names}
-        assert hub.private == private
+        assert hub.asked == private
 
 
 def test_a_private_push_does_not_go_into_a_public_repository(
@@ -310,7 +312,7 @@ def test_a_push_follows_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (folder / "unet").symlink_to(tmp_path / "elsewhere")
     hub = Hub(monkeypatch)
     for name in ("weights", "unet/secret", "../elsewhere/secret"):
-        with pytest.raises(ValueError, match=f"{name} in .*nothing was uploaded"):
+        with pytest.raises(ValueError, match=rf"{name} in .* is a link, .*nothing was uploaded"):
             push(folder, [name], "mine")
     assert hub.private is None
     (folder / "own").write_text("own")

@@ -257,3 +257,4 @@ def test_a_full_disk_leaves_the_files_that_were_there(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
     assert [(tmp_path / name).read_bytes() for name in (LORA_FILE, KOHYA_FILE)] == whole
+    assert len([*tmp_path.iterdir()]) == 2
