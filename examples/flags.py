@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 from pathlib import Path
 
 import torch
@@ -163,6 +164,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--push_to_hub", action=argparse.BooleanOptionalAction, default=False,
          help="upload the result and its card at the end")
     flag("--hub_model_id", metavar="USER/NAME", help="where to; needed with --push_to_hub")
+    flag("--hub_private_repo", action=argparse.BooleanOptionalAction,
+         help="upload into a private repository; without the flag, a new one is what your "
+         "account's settings say, which is public unless you changed them")
+    flag("--hub_token", metavar="TOKEN",
+         help="the token to upload with, instead of HF_TOKEN or the one that `hf auth login` "
+         "stored; other programs on this machine can see it in the command line")
     flag("--report_to", default="tensorboard" if tensorboard else "none",
          help="tracker of accelerate: tensorboard, wandb, ... or none")
     args = parser.parse_args(argv)
@@ -170,6 +177,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.validation_prompts and Path(args.validation_prompts[0]).is_file():
         args.validation_prompts = read_prompts(Path(args.validation_prompts[0]))
     check_args(args)
+    token = vars(args).pop("hub_token")  # trackers, cards and files get the other flags to keep
+    if token:
+        os.environ["HF_TOKEN"] = token
     return args
 # fmt: on
 
@@ -217,9 +227,15 @@ def check_args(args: argparse.Namespace) -> None:
         ("lora_alpha", "lora_rank"),
         ("train_text_encoder", "lora_rank"),
         ("push_to_hub", "hub_model_id"),
+        ("hub_private_repo", "push_to_hub"),
     ):
         if getattr(args, flag) and not getattr(args, needed):
             raise ValueError(f"--{flag} came without --{needed}; need both")
+    if args.hub_token and args.report_to in ("wandb", "all"):
+        raise ValueError(
+            f"--hub_token came with --report_to {args.report_to}, and wandb keeps command lines; "
+            "need HF_TOKEN in the environment, or `hf auth login`, instead"
+        )
     # What is cached was cut in the centre, and there is nothing in a stream to go through twice.
     for flag, other in (
         ("latent_cache", "random_crop"),

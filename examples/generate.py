@@ -1,4 +1,4 @@
-"""Knows how a base model and what a run made of it are shown side by side on a file of prompts.
+"""The base model and what a run made of it, painted side by side on a file of prompts.
 
     python examples/generate.py --mixed_precision fp16 --prompts prompts.txt --output grid.png \\
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \\
@@ -15,8 +15,8 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
+from lora_files import KOHYA_FILE, LORA_FILE
 from painting import Painter, read_prompts, write_grid, write_image
-from policy import LORA_FILE
 from sdxl import DTYPES, Encoders, add_model_flags
 
 
@@ -31,8 +31,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument
     add_model_flags(flag)
     flag("--cache_dir", help="where downloads are kept")
-    flag("--trained", required=True, type=Path, metavar="FOLDER",
-         help=f"what a run left: a folder with {LORA_FILE} or pipeline/, a pipeline, or a UNet")
+    flag("--trained", required=True, type=Path, metavar="PATH",
+         help=f"what a run left: a folder with {LORA_FILE} or pipeline/, a pipeline, a UNet, or a "
+         "LoRA's .safetensors file, kohya's too")
     flag("--prompts", required=True, type=Path, metavar="FILE", help="a text file, a prompt a line")
     flag("--output", default=Path("grid.png"), type=Path, metavar="FILE",
          help="the grid: a row for each prompt, columns base and trained")
@@ -54,8 +55,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def find_trained(folder: Path) -> Path:
     """Where in a run's folder its LoRA lies (a file), or its UNet (a folder)."""
-    if (folder / LORA_FILE).is_file():
-        return folder / LORA_FILE
+    for lora in (folder, folder / LORA_FILE, folder / KOHYA_FILE):
+        if lora.is_file() and lora.suffix == ".safetensors":
+            return lora
     for unet in (folder / "pipeline" / "unet", folder / "unet", folder):
         config = unet / "config.json"
         if config.is_file() and "UNet" in json.loads(config.read_text()).get("_class_name", ""):

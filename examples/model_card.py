@@ -1,24 +1,24 @@
-"""Knows what a trained model's page says, and how its folder is put on the hub."""
+"""A trained model's page, and the upload of the model with it to the hub."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 from urllib.parse import quote
 
 import huggingface_hub
-from huggingface_hub import ModelCardData
+from huggingface_hub import CommitOperationAdd, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from curves import read_metrics, written_whole
+from lora_files import KOHYA_FILE
 
-# Of a run's folder: what serves to go on with it, and not to use what came out.
-NOT_PUSHED = ("checkpoint-*", "logs/*", "refused.txt", ".*", "*/.*")
-# Of a run's flags: where it lay on a machine, and what is nobody's business.
+CARD = "README.md"
+# Flags that only say where things lay on a machine.
 NOT_TOLD = ("output_dir", "cache_dir", "resume_from_checkpoint", "report_to")
 MARKDOWN = str.maketrans({character: f"\\{character}" for character in "\\`*_[]<>|#$~"})
 
@@ -34,16 +34,31 @@ def hub_name(name: str) -> str | None:
     return name
 
 
+def last_part(path: str | Path) -> str:
+    """The last part of a path of any system: what it is called, and not where it lies."""
+    return PureWindowsPath(path).name or str(path)
+
+
+def is_path(text: str) -> bool:
+    """Whether the text is a path, and not only words with a slash between them."""
+    if text.startswith(("~", ".")) or PureWindowsPath(text).root:
+        return True
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):  # too long for a path
+        return False
+
+
 def shown(value: Any) -> str:
     """A value as plain text in a cell of a markdown table; of a path its last part."""
     if isinstance(value, (list, tuple)):
         return ", ".join(map(shown, value))
     if isinstance(value, float):
         text = f"{value:.6g}"
-    elif isinstance(value, Path) or str(value).startswith(("/", "~/")):
-        text = Path(value).name
     else:
         text = str(value)
+        if isinstance(value, Path) or is_path(text):
+            text = last_part(text)
     return "<br>".join(line.strip().translate(MARKDOWN) for line in text.splitlines())
 
 
@@ -104,8 +119,9 @@ def write_card(
     tags: Sequence[str] = (),
     license: str | None = None,
     repo_id: str | None = None,
-) -> Path:
-    """Write README.md into `folder`, which is what is put on the hub: the LoRA's, or the pipeline.
+) -> list[str]:
+    """Write README.md into `folder`, the LoRA's or the pipeline, and return its name and those of
+    the pictures in it.
 
     `settings` are the run's flags; those left at None, places on this machine and tokens are not
     told. `metrics_path` and `heldout_path` are its metrics.jsonl and eval.jsonl, of which the last
@@ -127,17 +143,23 @@ def write_card(
     parts = [
         f"---\n{header.to_yaml()}\n---",
         f"# {shown(name)}",
-        f"{what} {shown(base or Path(base_model).name)}, aligned on the preference pairs of "
-        f"{shown(data or Path(dataset).name)} with the loss {shown(loss)} of fastpref.",
-        f"## Use\n\n{snippet(base or Path(base_model).name, repo_id or name, lora)}",
+        f"{what} {shown(base or last_part(base_model))}, aligned on the preference pairs of "
+        f"{shown(data or last_part(dataset))} with the loss {shown(loss)} of fastpref.",
+        f"## Use\n\n{snippet(base or last_part(base_model), repo_id or name, lora)}",
     ]
+    if lora:
+        parts.append(
+            f"`{KOHYA_FILE}` is the same LoRA for ComfyUI, AUTOMATIC1111 and other tools that read "
+            "the files of kohya's scripts."
+        )
     titles = {"Last step": metrics_path, "Held-out pairs": heldout_path}
     for title, path in titles.items():
         rows = read_metrics(path) if path is not None else []
         if rows:
             parts.append(f"## {title}\n\n{table(('metric', 'value'), rows[-1].items())}")
-    links = [f"![{shown(Path(n).stem)}]({quote(n)})" for n in copy_pictures(folder, pictures)]
-    if links:
+    names = copy_pictures(folder, pictures)
+    if names:
+        links = [f"![{shown(Path(name).stem)}]({quote(name)})" for name in names]
         parts.append("## Pictures\n\n" + "\n\n".join(links))
     told = [
         (name, value)
@@ -145,17 +167,32 @@ def write_card(
         if value is not None and name not in NOT_TOLD and "token" not in name
     ]
     parts.append(f"## Settings\n\n{table(('setting', 'value'), told)}")
-    card = folder / "README.md"
-    with written_whole(card) as aside:
+    with written_whole(folder / CARD) as aside:
         aside.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return card
+    return [CARD, *names]
 
 
-def push(folder: Path, repo_id: str, token: str | None = None, private: bool = False) -> str:
-    """Put `folder` on the hub, without what only serves to go on with the run; tell where."""
-    url = huggingface_hub.create_repo(repo_id, token=token, private=private, exist_ok=True)
-    huggingface_hub.upload_folder(
-        repo_id=url.repo_id, folder_path=folder, token=token,
-        commit_message="Upload with fastpref", ignore_patterns=list(NOT_PUSHED),
-    )  # fmt: skip
+def push(folder: Path, files: Sequence[str], repo_id: str, private: bool | None = None) -> str:
+    """Put these files of `folder`, and nothing else, on the hub; return the address.
+
+    Whatever lies beside them, such as checkpoints, training images and latents, stays here. With
+    `private` None a new repository is what the account's settings say.
+    """
+    links = [name for name in files if (folder / name).resolve() != folder.resolve() / name]
+    if links:
+        raise ValueError(
+            f"{', '.join(links)} in {folder} is a link, or leads out of it; need files of its own; "
+            "nothing was uploaded"
+        )
+    url = huggingface_hub.create_repo(repo_id, private=private, exist_ok=True)
+    if private and not huggingface_hub.model_info(url.repo_id).private:
+        raise ValueError(
+            f"--hub_private_repo came, and {url.repo_id} exists and is public; nothing was "
+            "uploaded. Make it private on the hub, or give another --hub_model_id"
+        )
+    huggingface_hub.create_commit(
+        url.repo_id,
+        [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files],
+        commit_message="Upload with fastpref",
+    )
     return str(url)

@@ -1,10 +1,10 @@
-"""Knows what is trained, the whole UNet or adapters (LoRA), what it is compared with, and how both
-are put on disk."""
+"""What is trained, the whole UNet or adapters (LoRA), with what it is compared, and how both are
+put on disk."""
 
 from __future__ import annotations
 
 import argparse
-import os
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,19 +16,18 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel, cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from checkpoints import written_aside
+from lora_files import write_lora
 from sdxl import load_vae
 
 UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def add_lora(args: argparse.Namespace, unet: Any, text_encoders: Sequence[Any]) -> None:
@@ -216,32 +215,41 @@ def keep_only_what_learns(accelerator: Accelerator) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
+def make_public(pipeline: Path) -> list[str]:
+    """Make a saved pipeline fit for others to read, and return the names of its files.
+
+    Its configurations lose the folders that its parts were loaded from, and its weights get the
+    permissions of its other files: safetensors writes for the owner alone.
+    """
+    mode = (pipeline / "model_index.json").stat().st_mode
+    files = [path for path in pipeline.rglob("*") if path.is_file()]
+    for path in files:
+        path.chmod(mode)
+        config = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else {}
+        if isinstance(config, dict) and {"_name_or_path", "name_or_path"} & config.keys():
+            kept = {k: v for k, v in config.items() if k.lstrip("_") != "name_or_path"}
+            path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    return sorted(path.relative_to(pipeline).as_posix() for path in files)
+
+
 def save_trained(
     args: argparse.Namespace,
     accelerator: Accelerator,
     learning: Sequence[Any],
     output_dir: Path,
-) -> Path:
-    """Write the adapters, or a pipeline with the trained UNet, whole or not at all; the folder.
+) -> tuple[Path, list[str]]:
+    """Write the adapters, or a pipeline with the trained UNet, whole or not at all.
 
-    Every process must call it: with FSDP each holds a part.
+    Returns the folder, and the names of the files in it that were written. Every process must call
+    it: with FSDP each holds a part. Only the main one writes.
     """
     result = output_dir if args.lora_rank else output_dir / "pipeline"
     states = [accelerator.get_state_dict(model) for model in learning]
     if not accelerator.is_main_process:
-        return result
+        return result, []
     models = [accelerator.unwrap_model(model) for model in learning]
     if args.lora_rank:
-        layers: dict[str, Any] = {}
-        names = ("unet", "text_encoder", "text_encoder_2")
-        for name, model, state in zip(names, models, states, strict=False):
-            adapters = get_peft_model_state_dict(model, state_dict=state)
-            layers[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(adapters)
-            layers[f"{name}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
-        hidden = f".tmp-{LORA_FILE}"
-        StableDiffusionXLPipeline.save_lora_weights(output_dir, weight_name=hidden, **layers)
-        os.replace(output_dir / hidden, output_dir / LORA_FILE)
-        return result
+        return result, write_lora(result, models, states)
     with torch.device("meta"):
         trained = UNet2DConditionModel.from_config(models[0].config)
     trained.load_state_dict(states[0], assign=True)
@@ -254,4 +262,5 @@ def save_trained(
         pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
     with written_aside(result) as aside:
         pipeline.save_pretrained(aside)
-    return result
+        files = make_public(aside)
+    return result, files

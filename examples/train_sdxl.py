@@ -371,13 +371,13 @@ def main(args: argparse.Namespace) -> None:
 
     accelerator.wait_for_everyone()
     with averaged(ema, parameters, unet):
-        result = save_trained(args, accelerator, learning, output_dir)
+        result, files = save_trained(args, accelerator, learning, output_dir)
     accelerator.wait_for_everyone()  # gloo may abort a process that leaves right behind a gather
     if accelerator.is_main_process:
         curves = output_dir / "curves.png"
         title = f"{args.loss}, {journal.step} steps"
         plot_curves(metrics_path, curves, title, watch.rows_path)
-        write_card(
+        files += write_card(
             result, base_model=args.pretrained_model_name_or_path, dataset=args.dataset_name,
             loss=args.loss, settings=vars(args), metrics_path=metrics_path,
             lora=bool(args.lora_rank), pictures=[curves, *watch.last_grid(journal.step)],
@@ -385,7 +385,8 @@ def main(args: argparse.Namespace) -> None:
         )  # fmt: skip
         print(f"step {journal.step}: the result is in {result}, the curves in {curves}")
         if args.push_to_hub:
-            print(f"pushed to {push(result, args.hub_model_id)}")
+            url = push(result, files, args.hub_model_id, private=args.hub_private_repo)
+            print(f"pushed to {url}")
     accelerator.end_training()
 
 

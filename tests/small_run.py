@@ -13,8 +13,8 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from flags import parse_args
+from lora_files import LORA_FILE
 from photo_pairs import write_photo_pairs
-from policy import LORA_FILE
 from tiny_sdxl import tiny_sdxl
 from train_sdxl import main
 

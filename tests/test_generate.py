@@ -16,17 +16,15 @@ pytest.importorskip("diffusers")
 
 import huggingface_hub
 from diffusers import StableDiffusionXLPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
 from huggingface_hub import ModelCard
-from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
 import generate
 from curves import append_metrics
+from lora_files import KOHYA_FILE, LORA_FILE, write_lora
 from model_card import push, shown, write_card
-from policy import LORA_FILE
+from policy import TEXT_LAYERS, UNET_LAYERS
 from tiny_sdxl import tiny_sdxl
 
 PROMPTS = ["a cat", "a dog"]
@@ -43,15 +41,13 @@ def spoil(model: Any, by: float) -> None:
 def save_lora(base: Path, folder: Path, *names: str) -> None:
     """Random adapters of these parts of the pipeline, saved as the trainer does."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(base, add_watermarker=False)
-    layers = {}
-    for name in names:
-        part = getattr(pipeline, name)
-        targets = ["to_q", "to_v"] if name == "unet" else ["q_proj", "v_proj"]
+    parts = [getattr(pipeline, name) for name in names]
+    for part in parts:
+        targets = UNET_LAYERS if part is pipeline.unet else TEXT_LAYERS
         part.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=targets))
         spoil(part, 0.3)
-        state = convert_state_dict_to_diffusers(get_peft_model_state_dict(part))
-        layers[f"{name}_lora_layers"] = state
-    StableDiffusionXLPipeline.save_lora_weights(folder, **layers)
+    folder.mkdir()
+    write_lora(folder, parts, [None] * len(parts))
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +58,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipeline.save_pretrained(folder / "base")
     save_lora(folder / "base", folder / "lora", "unet")
     save_lora(folder / "base", folder / "lora_text", "unet", "text_encoder", "text_encoder_2")
+    shutil.copytree(folder / "lora_text", folder / "kohya")
+    (folder / "kohya" / LORA_FILE).unlink()
     spoil(pipeline.unet, 0.1)
     pipeline.save_pretrained(folder / "full" / "pipeline")
     shutil.copytree(folder / "full" / "pipeline" / "unet", folder / "alone")
@@ -104,15 +102,19 @@ def difference(found: list[Image.Image], expected: list[Image.Image]) -> int:
     return max(np.abs(np.asarray(a, int) - np.asarray(b, int)).max() for a, b in pairs)
 
 
-@pytest.mark.parametrize("trained", ["lora", "lora_text", "full", "alone", "v", "v/pipeline"])
+@pytest.mark.parametrize(
+    "trained",
+    ["lora", "lora_text", f"lora_text/{LORA_FILE}", "kohya", "full", "alone", "v", "v/pipeline"],
+)
 def test_the_base_and_what_was_trained_are_painted_as_diffusers_does(
     world: Path, run: Generate, trained: str
 ) -> None:
     found = run(trained)
     base = StableDiffusionXLPipeline.from_pretrained(world / "base", add_watermarker=False)
     assert difference(found["base"], own_pictures(base)) == 0
-    if trained.startswith("lora"):
-        base.load_lora_weights(world / trained, weight_name=LORA_FILE)
+    if trained.startswith(("lora", "kohya")):
+        folder = world / ("lora" if trained == "lora" else "lora_text")
+        base.load_lora_weights(folder, weight_name=LORA_FILE)
         expected = base
     else:
         folder = world / ("v" if trained.startswith("v") else "full") / "pipeline"
@@ -146,7 +148,8 @@ def card_of(folder: Path, **changes: Any) -> str:
         "settings": {"learning_rate": 1e-5}, "metrics_path": folder / "metrics.jsonl",
         "pictures": [], "lora": True,
     }  # fmt: skip
-    return write_card(folder, **settings | changes).read_text()
+    (name, *_) = write_card(folder, **settings | changes)
+    return (folder / name).read_text()
 
 
 def test_a_card_says_what_was_done_and_what_came_out(tmp_path: Path) -> None:
@@ -181,6 +184,7 @@ def test_a_card_says_what_was_done_and_what_came_out(tmp_path: Path) -> None:
     assert Image.open(folder / "step 1000-grid.png").getpixel((0, 0)) == (2, 0, 0)
     assert "never" not in text
     assert 'pipeline.load_lora_weights("me/mine")' in text
+    assert KOHYA_FILE in text
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md", "curves.png", "eval.jsonl", "grid.png", "metrics.jsonl",
         "step 1000-grid.png",
@@ -217,30 +221,101 @@ def test_nothing_in_a_cell_breaks_the_table(tmp_path: Path) -> None:
     assert shown(True) == "True"
 
 
-def test_a_push_leaves_the_run_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, dict[str, Any]]] = []
+@pytest.mark.parametrize(
+    "place",
+    ["/home/me/secret/base", "~/secret/base", "../secret/base", r"C:\Users\me\secret\base",
+     r"\\server\secret\base", "secret/base"],
+)  # fmt: skip
+def test_a_card_tells_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    (tmp_path / "secret" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    settings = {
+        "pretrained_model_name_or_path": place, "validation_prompts": ["a cat/dog", place],
+        "vae": "someone/vae",
+    }  # fmt: skip
+    text = card_of(folder, base_model=place, dataset=place, settings=settings)
+    assert "secret" not in text
+    assert "Users" not in text
+    assert text.count("base") > 3
+    assert "a cat/dog, base |" in text
+    assert "someone/vae |" in text
 
-    class Url(str):
-        repo_id = "me/mine"
 
-    def create_repo(repo_id: str, **arguments: Any) -> Url:
-        calls.append((repo_id, arguments))
-        return Url("https://hub/me/mine")
+class Hub:
+    """Keeps what would be uploaded, in place of the hub's functions."""
 
-    def upload_folder(**arguments: Any) -> SimpleNamespace:
-        calls.append(("upload", arguments))
-        return SimpleNamespace()
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, private: bool | None = None) -> None:
+        """`private` is what the repository is already, if it exists."""
+        self.private, self.uploaded = private, dict[str, bytes]()
+        self.asked: bool | None = None
+        for name in ("create_repo", "create_commit", "model_info"):
+            monkeypatch.setattr(huggingface_hub, name, getattr(self, name))
 
-    monkeypatch.setattr(huggingface_hub, "create_repo", create_repo)
-    monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
-    assert push(tmp_path, "mine", token="t", private=True) == "https://hub/me/mine"
-    (name, created), (_, uploaded) = calls
-    assert name == "mine"
-    assert created == {"token": "t", "private": True, "exist_ok": True}
-    assert uploaded["repo_id"] == "me/mine"
-    assert uploaded["folder_path"] == tmp_path
-    paths = ["README.md", LORA_FILE, "validation/step-500.png", "unet/config.json"]
-    # The last names files of one's own disk.
-    left = ["checkpoint-5/unet.bin", "logs/x/events", ".tmp-a/b", "refused.txt"]
-    kept = filter_repo_objects([*paths, *left], ignore_patterns=uploaded["ignore_patterns"])
-    assert list(kept) == paths
+    def create_repo(self, repo_id: str, *, private: bool | None, exist_ok: bool) -> Any:
+        assert exist_ok
+        self.asked = private
+        if self.private is None:
+            self.private = bool(private)
+
+        class Url(str):
+            pass
+
+        url = Url(f"https://hub/me/{repo_id}")
+        url.repo_id = f"me/{repo_id}"  # type: ignore[attr-defined]
+        return url
+
+    def model_info(self, repo_id: str) -> SimpleNamespace:
+        return SimpleNamespace(private=self.private)
+
+    def create_commit(self, repo_id: str, operations: list[Any], *, commit_message: str) -> None:
+        assert repo_id == "me/mine"
+        for operation in operations:
+            with operation.as_file() as file:
+                self.uploaded[operation.path_in_repo] = file.read()
+
+
+def test_a_push_uploads_the_files_that_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "validation").mkdir()
+    names = [LORA_FILE, "validation/step-[5].png"]
+    for name in (*names, "validation/step-5.png", "secret.txt"):
+        (tmp_path / name).write_text(name)
+    for private in (None, False, True):
+        hub = Hub(monkeypatch)
+        assert push(tmp_path, names, "mine", private=private) == "https://hub/me/mine"
+        assert hub.uploaded == {name: name.encode() for name in names}
+        assert hub.asked == private
+
+
+def test_a_private_push_does_not_go_into_a_public_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / LORA_FILE).write_text("weights")
+    hub = Hub(monkeypatch, private=False)
+    with pytest.raises(ValueError, match="--hub_private_repo came, and me/mine exists and is pub"):
+        push(tmp_path, [LORA_FILE], "mine", private=True)
+    assert not hub.uploaded
+    hub = Hub(monkeypatch, private=True)
+    push(tmp_path, [LORA_FILE], "mine")
+    assert hub.uploaded
+
+
+def test_a_push_follows_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    (tmp_path / "elsewhere").mkdir()
+    folder.mkdir()
+    (tmp_path / "elsewhere" / "secret").write_text("secret")
+    (folder / "weights").symlink_to(tmp_path / "elsewhere" / "secret")
+    (folder / "unet").symlink_to(tmp_path / "elsewhere")
+    hub = Hub(monkeypatch)
+    for name in ("weights", "unet/secret", "../elsewhere/secret"):
+        with pytest.raises(ValueError, match=rf"{name} in .* is a link, .*nothing was uploaded"):
+            push(folder, [name], "mine")
+    assert hub.private is None
+    (folder / "own").write_text("own")
+    (tmp_path / "run too").symlink_to(folder)  # the folder itself may be one
+    push(tmp_path / "run too", ["own"], "mine")
+    assert hub.uploaded == {"own": b"own"}

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
+import huggingface_hub
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
@@ -37,9 +40,9 @@ import train_sdxl
 from checkpoints import list_checkpoints
 from curves import read_metrics
 from flags import parse_args
+from lora_files import KOHYA_FILE, LORA_FILE
 from objectives import LOSSES
 from photo_pairs import blur, load_photograph
-from policy import LORA_FILE
 from sdxl import min_snr_weight
 from small_run import ROOT, Train, argv, assert_same_weights, seeing, unet_of
 from tiny_sdxl import tiny_sdxl
@@ -56,7 +59,7 @@ def interrupted(folder: Path, step: int) -> Path:
     for checkpoint in list_checkpoints(folder):
         if int(checkpoint.name.split("-")[1]) > step:
             shutil.rmtree(checkpoint)
-    for result in (folder / "pipeline", folder / LORA_FILE):
+    for result in (folder / "pipeline", folder / LORA_FILE, folder / KOHYA_FILE):
         if result.is_dir():
             shutil.rmtree(result)
         else:
@@ -537,20 +540,88 @@ def test_heldout_and_grids_with_adapters_and_a_cache(
     assert (folder / "README.md").exists()
 
 
-def test_the_result_is_pushed_with_its_card(
-    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pushed: list[tuple[Any, ...]] = []
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_exactly_the_result_is_pushed(
+    train: Train, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], lora: bool,
+) -> None:  # fmt: skip
+    folder = tmp_path / "run"
+    result = folder if lora else folder / "pipeline"
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    uploaded: dict[str, bytes] = {}
 
-    def push(*args: Any) -> str:
-        pushed.append(args)
-        return "hub/me/model"
+    def lay_bait(into: Path) -> None:
+        for name in (
+            "data.png", "secret.txt", ".env", "notes.md", "secret.safetensors", "logs/run/events",
+            "checkpoint-1/learned_0.safetensors", ".tmp-checkpoint-9/unet.safetensors",
+            "validation/train.png", "unet/secret.safetensors", "unet/secret.json",
+            "pipeline/secret.txt", "pipeline/unet/secret.json",
+        ):  # fmt: skip
+            (into / name).parent.mkdir(parents=True, exist_ok=True)
+            (into / name).write_text("secret")
+        (into / "link.png").symlink_to(secret)
 
-    monkeypatch.setattr(train_sdxl, "push", push)
-    folder = train(push_to_hub=True, hub_model_id="me/model", **LORA)
-    assert pushed == [(folder, "me/model")]
+    class Url(str):
+        repo_id = "me/model"
+
+    def create_repo(repo_id: str, private: bool | None, exist_ok: bool) -> Url:
+        assert (repo_id, private) == ("me/model", True)
+        if not lora:
+            lay_bait(result)  # what lay there before, the pipeline has replaced
+        return Url("hub/me/model")
+
+    def create_commit(repo_id: str, operations: list[Any], commit_message: str) -> None:
+        for operation in operations:
+            with operation.as_file() as file:
+                uploaded[operation.path_in_repo] = file.read()
+
+    for name, fake in (
+        ("create_repo", create_repo), ("create_commit", create_commit),
+        ("model_info", lambda repo_id: SimpleNamespace(private=True)),
+    ):  # fmt: skip
+        monkeypatch.setattr(huggingface_hub, name, fake)
+    folder.mkdir()
+    lay_bait(folder)
+    shutil.rmtree(folder / "checkpoint-1")  # else there is one to resume from
+    train(
+        push_to_hub=True, hub_model_id="me/model", hub_private_repo=True, max_train_steps=2,
+        latent_cache=folder / "latents", **seeing(world), **(LORA if lora else {}),
+    )  # fmt: skip
     assert "pushed to hub/me/model" in capsys.readouterr().out
-    assert "me/model" in (folder / "README.md").read_text()
+    card = uploaded["README.md"].decode()
+    assert "me/model" in card
+    pictures = {"curves.png", "validation/step-2.png" if lora else "step-2.png"}
+    assert set(re.findall(r"\]\(([^)]*)\)", card)) == pictures
+    expected = {LORA_FILE, KOHYA_FILE}
+    if not lora:
+        base = world / "epsilon"  # the same parts in the same formats
+        expected = {p.relative_to(base).as_posix() for p in base.rglob("*") if p.is_file()}
+    assert uploaded.keys() == expected | pictures | {"README.md"}
+    assert b"secret" not in uploaded.values()
+    for name, data in uploaded.items():
+        for place in (world, tmp_path, ROOT):
+            assert str(place).encode() not in data, name
+
+
+def test_a_saved_pipeline_can_be_read_by_others(train: Train) -> None:
+    mask = os.umask(0o027)
+    try:
+        folder = train(max_train_steps=1)
+    finally:
+        os.umask(mask)
+    files = [path for path in (folder / "pipeline").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
+    StableDiffusionXLPipeline.from_pretrained(folder / "pipeline", add_watermarker=False)
+
+
+def test_a_token_is_kept_out_of_the_settings(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "another")
+    args = parse_args(argv(world, tmp_path, hub_token="hf_secret"))
+    assert "hf_secret" not in str(vars(args))
+    assert huggingface_hub.get_token() == "hf_secret"
 
 
 # Staying whole.
@@ -650,6 +721,8 @@ def test_a_run_does_not_go_on_with_other_data_or_another_model(train: Train) -> 
         ({"lora_alpha": 4}, "lora_alpha came without --lora_rank; need both"),
         ({"train_text_encoder": True}, "train_text_encoder came without --lora_rank"),
         ({"push_to_hub": True}, "push_to_hub came without --hub_model_id"),
+        ({"hub_private_repo": True}, "hub_private_repo came without --push_to_hub"),
+        ({"hub_token": "hf_secret", "report_to": "wandb"}, "wandb keeps command lines"),
         ({"latent_cache": "c", "random_crop": True}, "latent_cache and --random_crop came"),
         ({"latent_cache": "c", "streaming": True}, "latent_cache and --streaming came"),
         ({"streaming": True, "aspect_buckets": True}, "streaming and --aspect_buckets came"),
