@@ -1,5 +1,7 @@
-"""How far MaPO's margin and gradient are from the truth, by the size of the error: published code,
-eager reference and kernel, all in fp32. Writes results/precision.csv and precision.png.
+"""Errors of published losses and of fastpref's against the truth.
+
+MaPO in fp32, by the size of the error (results/precision.csv, precision.png), and Diffusion-DPO on
+half-precision predictions (results/precision-half.csv).
 
     python benchmarks/precision.py
 """
@@ -7,6 +9,7 @@ eager reference and kernel, all in fp32. Writes results/precision.csv and precis
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -29,6 +32,7 @@ from matplotlib import pyplot as plt
 RESULTS = Path(__file__).resolve().parent / "results"
 HYPER = {"beta": 0.1, "snr": 0.5, "num_train_timesteps": 1000.0}
 PAIRS_PER_DECADE = 40
+BETA, HALF_PAIRS = 5000.0, 32
 
 
 def published(pred: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,13 +81,73 @@ def measure() -> list[dict[str, float | str]]:
             (grad,) = torch.autograd.grad(loss.sum(), pred)
             got_slope = (grad / (2 * pred)).detach().cpu().flatten().chunk(2)[1]
             off = (got_slope - slope).abs()
+            wanted = torch.tensor([float(truth.loss) for truth in truths])
+            lost = ((loss.detach().cpu() - wanted) / wanted).abs()
             rows.append({
                 "provider": name,
                 "decade": decade,
+                "loss_rel_error": lost.max().item(),
                 "margin_abs_error": (got.detach().cpu() - margin).abs().max().item(),
                 "slope_l_rel_error": (off / slope.abs().clamp(min=1e-12)).max().item(),
             })  # fmt: skip
     return rows
+
+
+def published_dpo(pred: Tensor, target: Tensor, ref: Tensor) -> Tensor:
+    """DiffusionDPO's loss per pair, with errors in whatever precision the tensors have."""
+    w, l = (pred - target).pow(2).mean(dim=[1, 2, 3]).chunk(2)
+    ref_w, ref_l = (ref - target).pow(2).mean(dim=[1, 2, 3]).chunk(2)
+    return -F.logsigmoid(-0.5 * BETA * ((w - l) - (ref_w - ref_l)))
+
+
+def fastpref_dpo(pred: Tensor, target: Tensor, ref: Tensor) -> Tensor:
+    return fastpref.dpo_loss(pred, target, ref, beta=BETA, reduction="none", impl="triton").loss
+
+
+def measure_half() -> list[dict[str, float | str]]:
+    """Diffusion-DPO on bf16 and fp16 predictions, against its formula in fp64 on the same tensors.
+
+    first step: the policy is the reference, so every loss is ln 2. Its prediction is fp32, as
+    accelerate hands it on from autocast, and the frozen reference's is not.
+    later: policy and reference differ by 0.2 %, all in half precision.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows: list[dict[str, float | str]] = []
+    for dtype, stage, mse in itertools.product(
+        (torch.bfloat16, torch.float16), ("first step", "later"), (0.1, 1.2)
+    ):
+        generator = torch.Generator().manual_seed(0)
+        target, off, drift = torch.randn(3, 2 * HALF_PAIRS, 4, 64, 64, generator=generator)
+        ref = target + mse**0.5 * off
+        policy = ref if stage == "first step" else ref + 2e-3 * mse**0.5 * (drift - 0.5 * off)
+        target, ref, policy = (t.to(device, dtype) for t in (target, ref, policy))
+        if stage == "first step":
+            policy = policy.float()
+        wide = policy.double().requires_grad_()
+        exact = published_dpo(wide, target.double(), ref.double())
+        (exact_grad,) = torch.autograd.grad(exact.mean(), wide)
+        for name, provider in {"published code": published_dpo, "fastpref": fastpref_dpo}.items():
+            pred = policy.clone().requires_grad_()
+            loss = provider(pred, target, ref)
+            (grad,) = torch.autograd.grad(loss.mean(), pred)
+            rows.append({
+                "provider": name,
+                "dtype": str(dtype).removeprefix("torch."),
+                "stage": stage,
+                "mse": mse,
+                "loss": loss.double().mean().item(),
+                "exact_loss": exact.mean().item(),
+                "loss_rel_error": ((loss.double() - exact) / exact).abs().mean().item(),
+                "grad_rel_error": ((grad.double() - exact_grad).norm() / exact_grad.norm()).item(),
+            })  # fmt: skip
+    return rows
+
+
+def write(rows: list[dict[str, float | str]], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def plot(rows: list[dict[str, float | str]], path: Path) -> None:
@@ -119,11 +183,14 @@ def plot(rows: list[dict[str, float | str]], path: Path) -> None:
 
 if __name__ == "__main__":
     measured = measure()
-    with (RESULTS / "precision.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, measured[0])
-        writer.writeheader()
-        writer.writerows(measured)
+    write(measured, RESULTS / "precision.csv")
     plot(measured, RESULTS / "precision.png")
     for row in measured:
         print(f"{row['provider']:18} 1e{row['decade']:<3} margin {row['margin_abs_error']:.1e}  "
-              f"slope {row['slope_l_rel_error']:.1e}")  # fmt: skip
+              f"slope {row['slope_l_rel_error']:.1e} loss {row['loss_rel_error']:.1e}")  # fmt: skip
+    halves = measure_half()
+    write(halves, RESULTS / "precision-half.csv")
+    for row in halves:
+        print(f"{row['provider']:14} {row['dtype']:8} {row['stage']:10} mse {row['mse']:<3} "
+              f"loss {row['loss']:.4f} for {row['exact_loss']:.4f}, off "
+              f"{row['loss_rel_error']:.1e}; gradient off {row['grad_rel_error']:.1e}")  # fmt: skip

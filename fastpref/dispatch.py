@@ -114,8 +114,7 @@ class LossOutput(NamedTuple):
             if value is not None:
                 metrics[name] = value.mean()
         if gather and torch.distributed.is_available() and torch.distributed.is_initialized():
-            n_pairs = self.margin.numel()
-            sums = torch.stack([n_pairs * value for value in (*metrics.values(), won / won)])
+            sums = self.margin.numel() * torch.stack([*metrics.values(), torch.ones_like(won)])
             torch.distributed.all_reduce(sums)
             metrics = dict(zip(metrics, (sums[:-1] / sums[-1]).unbind(), strict=True))
         if as_floats:

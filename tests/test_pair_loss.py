@@ -3,8 +3,13 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -414,6 +419,40 @@ def test_metrics(device: torch.device) -> None:
     assert metrics["gradient_factor"].item() == pytest.approx(
         torch.sigmoid(-out.margin.double()).mean().item()
     )
+    assert out.metrics(as_floats=True, gather=True) == {k: m.item() for k, m in metrics.items()}
     more = out._replace(ref_mse_w=out.mse_w + 1, ref_mse_l=out.mse_l + 2).metrics()
     assert more["ref_mse_w"].item() == pytest.approx(metrics["mse_w"].item() + 1)
     assert more["ref_mse_l"].item() == pytest.approx(metrics["mse_l"].item() + 2)
+
+
+GATHER = """
+import sys, torch, fastpref
+rank, store = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group(
+    "gloo", rank=rank, world_size=2, init_method=f"file://{store}"
+)
+torch.manual_seed(0)
+w, l, target, ref = torch.randn(4, 5, 3)
+own = slice(0, 1) if rank == 0 else slice(1, 5)
+def loss(rows):
+    return fastpref.dpo_loss((w[rows], l[rows]), (target[rows], target[rows]),
+                             (ref[rows], ref[rows]), beta=3.0)
+got = loss(own).metrics(gather=True, as_floats=True)
+wanted = loss(slice(0, 5)).metrics(as_floats=True)
+assert got.keys() == wanted.keys() and {"drop_w", "drop_l"} <= got.keys(), got
+assert all(abs(got[name] - wanted[name]) < 1e-5 for name in wanted), (got, wanted)
+torch.distributed.barrier()
+"""
+
+
+def test_metrics_of_several_processes(tmp_path: Path) -> None:
+    """One has a single pair, the other four: means over all five."""
+    root = Path(__file__).parent.parent
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+    command = [sys.executable, "-c", GATHER]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], env=env, stderr=PIPE)
+        for rank in range(2)
+    ]
+    errors = [rank.communicate(timeout=120)[1].decode() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
