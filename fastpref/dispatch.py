@@ -173,10 +173,15 @@ def pair_loss(
         mask: weights of the elements, of model_pred's rank, with 1 for sizes that do not matter:
             stacked, a tuple, or shared by the pair; bool or float. The error is the mean over what
             it leaves: sum(mask * square) / sum(mask), and 0 for a sample it hides. What is masked
-            with 0 may be anything, NaN too.
-        sample_weight: on the errors, before the link (min-SNR, sigma^-2): a number, (B,) for a
-            weight a pair, (2B,) stacked, or a tuple.
-        huber_c: for pseudo-Huber errors, mean sqrt(d^2 + c^2) - c, instead of squares.
+            with 0 may be anything, NaN too. A mask without channels, (2B, H, W), needs
+            ``mask.unsqueeze(1)``. Code that divides the masked sum by *all* elements (sd-scripts)
+            is ``sample_weight=mask.expand_as(model_pred).flatten(1).mean(1)`` beside the mask.
+        sample_weight: on the errors, before the link (sigma^-2, min-SNR on errors): a number, (B,)
+            for one weight per pair, (2B,) for one per sample, winners first, or a tuple. A weight
+            on the *loss* of a pair, as sd-scripts' min-SNR is, goes to pair_weight: inside the
+            sigmoid it is another loss altogether.
+        huber_c: for pseudo-Huber errors, mean sqrt(d^2 + c^2) - c, instead of squares. sd-scripts'
+            smooth_l1 is twice that (sample_weight=2), its huber 2 c times it.
         swap: train with the labels swapped: what is said above of winners happens to losers.
         error_reduction: "mean" or "sum" over the elements of a sample; beta depends on it.
         reduction: "mean" or "sum" over pairs, or "none" for one loss a pair.
@@ -184,7 +189,15 @@ def pair_loss(
             PyTorch; "triton" and "torch" run just that, or raise.
         scalars: the link's hyper-parameters by name, its defaults where none is given; and
             logit_scale (1), loser_weight (1), pair_weight (1), label_smoothing (0), sft_weight (the
-            link's: 1 for mapo, orpo and sft, else 0) and prior_weight (0).
+            link's: 1 for mapo, orpo and sft, else 0) and prior_weight (0). Three traps:
+
+            - loser_weight scales the loser's score, and so the loss and the margin. To scale the
+              loser's gradient only (Diffusion-SDPO), pass the losers' prediction as
+              ``l.detach() + scale * (l - l.detach())``.
+            - sft_weight multiplies the winner's error as it is reduced. With
+              error_reduction="sum", a weight meant for a mean (SimpleTuner's) is
+              ``sft_weight / n_elements``.
+            - A weight of 0 adds exactly 0 to loss and gradient, whatever it weighs, NaN included.
 
         Each number may be a float, a 0-d tensor, or a tensor of one value a pair, (B,), on
         model_pred's device: it may change from step to step without a sync or a recompilation (and

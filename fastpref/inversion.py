@@ -169,7 +169,7 @@ def renoise_inversion(
     num_evals = _count("num_evals", num_evals)
     last = num_evals if average_last is None else _count("average_last", average_last)
     if last > num_evals:
-        raise ValueError(f"average_last is {last}: at most num_evals, {num_evals}, is needed")
+        raise ValueError(f"average_last is {last}; expected at most num_evals, {num_evals}")
     return _invert(
         model,
         latents,
@@ -221,7 +221,7 @@ def inversion_target(
     if noisy.shape != latents.shape or noisy.device != latents.device:
         raise ValueError(
             f"noisy is {tuple(noisy.shape)} on {noisy.device}, but latents are "
-            f"{tuple(latents.shape)} on {latents.device}: one shape and device is needed"
+            f"{tuple(latents.shape)} on {latents.device}; expected the same shape and device"
         )
     abar, predicts = _check_schedule(schedule, prediction_type)
     times = _check_timesteps(timesteps, latents.shape[0], abar.numel())
@@ -264,9 +264,9 @@ def _invert(
     generator: torch.Generator | None = None,
 ) -> Inverted:
     if not callable(model):
-        raise TypeError(f"model is a {type(model).__name__}: a callable model(x, t) is needed")
+        raise TypeError(f"model must be a callable model(x, t), got a {type(model).__name__}")
     if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator is a {type(generator).__name__}: a torch.Generator is needed")
+        raise TypeError(f"generator must be a torch.Generator, got a {type(generator).__name__}")
     work = _check_latents("latents", latents)
     abar, predicts = _check_schedule(schedule, prediction_type)
     times = _check_timesteps(timesteps, latents.shape[0], abar.numel())
@@ -314,7 +314,7 @@ def _steps(abar: Tensor, timesteps: Tensor, num_steps: int, like: Tensor) -> lis
 def _grid(abar: Tensor, timesteps: Tensor, num_steps: int) -> Tensor:
     """(num_steps + 1, B), the timesteps where each sample's steps end, after a first row of -1."""
     angles = torch.atan2((1 - abar).sqrt(), abar.sqrt())
-    share = torch.arange(num_steps + 1, dtype=abar.dtype)[:, None] / num_steps
+    share = torch.arange(num_steps + 1, dtype=abar.dtype, device=abar.device)[:, None] / num_steps
     grid = torch.searchsorted((angles[1:] + angles[:-1]) / 2, share**1.5 * angles[timesteps])
     grid = torch.minimum(grid, timesteps)
     grid[0], grid[-1] = -1, timesteps
@@ -325,12 +325,12 @@ def _epsilon(model: Model, x: Tensor, told: _Point, dtype: torch.dtype, predicts
     """The noise in x by the model, which is told that x lies at `told`."""
     pred = model(x.to(dtype), told.timestep)
     if not isinstance(pred, Tensor):
-        sample = ", its .sample perhaps," if hasattr(pred, "sample") else ""
-        raise TypeError(f"model returned a {type(pred).__name__}: a tensor{sample} is needed")
+        sample = ", such as its .sample" if hasattr(pred, "sample") else ""
+        raise TypeError(f"model returned a {type(pred).__name__}; expected a tensor{sample}")
     if pred.shape != x.shape or not pred.is_floating_point():
         raise ValueError(
-            f"model returned {pred.dtype} of shape {tuple(pred.shape)}: a floating dtype and "
-            f"latents' shape, {tuple(x.shape)}, is needed"
+            f"model returned {pred.dtype} of shape {tuple(pred.shape)}; expected a floating "
+            f"dtype and the shape of latents, {tuple(x.shape)}"
         )
     pred = pred.to(x.dtype)
     if predicts == "v_prediction":
@@ -363,15 +363,15 @@ def _onto(device: torch.device, tensor: Tensor) -> Tensor:
 def _check_latents(name: str, value: object) -> torch.dtype:
     """The dtype to compute in."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}: a torch.Tensor is needed")
+        raise TypeError(f"{name} must be a torch.Tensor, got a {type(value).__name__}")
     if value.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise TypeError(
-            f"{name} has dtype {value.dtype}: float32, float16, bfloat16 or float64 is needed"
+            f"{name} has dtype {value.dtype}; expected float32, float16, bfloat16 or float64"
         )
     if value.dim() < 2 or value.numel() == 0:
         raise ValueError(
-            f"{name} has shape {tuple(value.shape)}: at least two dimensions, (samples, ...), "
-            "and one element are needed"
+            f"{name} has shape {tuple(value.shape)}; expected at least two dimensions, "
+            "(samples, ...), and one element"
         )
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 
@@ -379,19 +379,19 @@ def _check_latents(name: str, value: object) -> torch.dtype:
 def _check_timesteps(value: object, n_samples: int, n_timesteps: int) -> Tensor:
     """(B,) int64 on the host."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"timesteps is a {type(value).__name__}: a torch.Tensor is needed")
+        raise TypeError(f"timesteps must be a torch.Tensor, got a {type(value).__name__}")
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"timesteps has dtype {value.dtype}: an integer dtype is needed")
+        raise TypeError(f"timesteps has dtype {value.dtype}; expected an integer dtype")
     if value.shape != (n_samples,):
         raise ValueError(
-            f"timesteps has shape {tuple(value.shape)}: one for each of latents' samples, "
-            f"({n_samples},), is needed"
+            f"timesteps has shape {tuple(value.shape)}; expected one per sample of latents, "
+            f"({n_samples},)"
         )
     times = value.to("cpu", torch.int64)
     low, high = int(times.min()), int(times.max())
     if low < 0 or high >= n_timesteps:
         raise ValueError(
-            f"timesteps go from {low} to {high}: 0 to {n_timesteps - 1}, schedule's, are needed"
+            f"timesteps go from {low} to {high}; expected 0 to {n_timesteps - 1}, the schedule's"
         )
     return times
 
@@ -401,46 +401,46 @@ def _check_schedule(schedule: object, prediction_type: object) -> tuple[Tensor, 
     abar = schedule if isinstance(schedule, Tensor) else getattr(schedule, "alphas_cumprod", None)
     if not isinstance(abar, Tensor):
         raise TypeError(
-            f"schedule is a {type(schedule).__name__} without a tensor alphas_cumprod: a diffusers "
-            "scheduler that has one, or a 1-D tensor of them, is needed"
+            f"schedule is a {type(schedule).__name__} without a tensor alphas_cumprod; expected a "
+            "diffusers scheduler that has one, or a 1-D tensor of them"
         )
     if abar.dtype not in (torch.float32, torch.float64):
         raise TypeError(
-            f"schedule has alphas_cumprod in {abar.dtype}: float32 or float64 is needed, "
-            "1 - alphas_cumprod is lost otherwise"
+            f"schedule has alphas_cumprod in {abar.dtype}; expected float32 or float64, "
+            "because 1 - alphas_cumprod is lost in less"
         )
     if abar.dim() != 1 or abar.numel() == 0:
         raise ValueError(
-            f"schedule has alphas_cumprod of shape {tuple(abar.shape)}: "
-            "one dimension, (timesteps,), is needed"
+            f"schedule has alphas_cumprod of shape {tuple(abar.shape)}; "
+            "expected one dimension, (timesteps,)"
         )
     abar = abar.to("cpu", torch.float64)
     if not bool(((abar >= 0) & (abar < 1)).all() and (abar.diff() <= 0).all()):
         raise ValueError(
-            f"schedule has alphas_cumprod from {float(abar[0]):.6g} to {float(abar[-1]):.6g}: "
-            "values that never rise, from below 1 down to 0 at least, are needed"
+            f"schedule has alphas_cumprod from {float(abar[0]):.6g} to {float(abar[-1]):.6g}; "
+            "expected values below 1 that never rise and never fall below 0"
         )
     if prediction_type is None:
         prediction_type = getattr(getattr(schedule, "config", None), "prediction_type", None)
     if prediction_type not in get_args(PredictionType):
         known = ", ".join(map(repr, get_args(PredictionType)))
-        raise ValueError(f"prediction_type is {prediction_type!r}: one of {known} is needed")
+        raise ValueError(f"prediction_type is {prediction_type!r}; expected one of {known}")
     return abar, str(prediction_type)
 
 
 def _count(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} is a {type(value).__name__}: an int is needed")
+        raise TypeError(f"{name} must be an int, got a {type(value).__name__}")
     count = int(value)
     if count < 1:
-        raise ValueError(f"{name} is {value}: at least 1 is needed")
+        raise ValueError(f"{name} is {value}; expected at least 1")
     return count
 
 
 def _weight(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} is a {type(value).__name__}: a float is needed")
+        raise TypeError(f"{name} must be a float, got a {type(value).__name__}")
     number = float(value)
     if not 0 <= number < math.inf:
-        raise ValueError(f"{name} is {value}: a finite number from 0 is needed")
+        raise ValueError(f"{name} is {value}; expected a finite number, 0 or above")
     return number

@@ -371,6 +371,9 @@ def npo_loss(
 ) -> LossOutput:
     """Diffusion-NPO: train a negative model, for the other end of guidance, by swapping the labels.
 
+    For data whose labels say which image is better. Diffusion-NPO's own data loader has swapped
+    the labels already: behind it the loss is `dpo_loss`, and this function would swap them back.
+
     `dpo_loss` in which the loser is the preferred one; nothing is copied for it, and knobs that
     speak of winners (loser_weight, sft_weight) follow the swap: ``margin = -beta/2 * (drop_l -
     drop_w)``. mse_w and mse_l in the result are the data's; the margin, and so the accuracy, grows

@@ -591,13 +591,13 @@ SHARED = [
     case(ValueError, "schedule", "never rise", schedule=BETAS),
     case(ValueError, "schedule", "below 1", schedule=torch.cat([torch.ones(1), ABAR])),
     case(ValueError, "schedule", "nan", schedule=ABAR * math.nan),
-    case(ValueError, "schedule", "0 at least", schedule=ABAR - 0.5),
+    case(ValueError, "schedule", "never fall below 0", schedule=ABAR - 0.5),
     case(ValueError, "prediction_type", "None", "'epsilon'", prediction_type=None),
     case(ValueError, "prediction_type", "'flow'", "'v_pred", prediction_type="flow"),
 ]
 STEPPED = [
     case(TypeError, "model", "Tensor", "callable", model=X),
-    case(TypeError, "model returned", "NoneType", "tensor is", model=lambda x, t: None),
+    case(TypeError, "model returned", "NoneType", "expected a tensor", model=lambda x, t: None),
     case(TypeError, "model returned", "SimpleNamespace", ".sample", model=lambda x, t: OUTPUT),
     case(ValueError, "model returned", "(2, 2)", "(2, 3)", model=lambda x, t: x[:, :2]),
     case(ValueError, "model returned", "(2, 1)", "(2, 3)", model=lambda x, t: x[:, :1]),
@@ -608,7 +608,7 @@ STEPPED = [
     case(TypeError, "num_steps", "bool", "int", num_steps=True),
 ]
 DDIM = [
-    case(ValueError, "eta", "-0.1", "from 0", eta=-0.1),
+    case(ValueError, "eta", "-0.1", "0 or above", eta=-0.1),
     case(ValueError, "eta", "nan", "finite", eta=math.nan),
     case(ValueError, "eta", "inf", "finite", eta=math.inf),
     case(TypeError, "eta", "str", "float", eta="0.1"),
@@ -618,7 +618,7 @@ DDIM = [
 RENOISE = [
     case(ValueError, "num_evals", "0", "at least 1", num_evals=0),
     case(TypeError, "num_evals", "float", "int", num_evals=2.0),
-    case(ValueError, "average_last", "3", "num_evals, 2,", average_last=3),
+    case(ValueError, "average_last", "3", "num_evals, 2", average_last=3),
     case(ValueError, "average_last", "0", "at least 1", average_last=0),
     case(TypeError, "average_last", "bool", "int", average_last=False),
 ]

@@ -580,3 +580,101 @@ def test_beta_conversion_needs_what_it_needs() -> None:
     ):
         fastpref.convert_beta(1.0, "fastpref", "kohya")
     assert fastpref.convert_beta(2500.0, "diffusers-sd15") == 5000.0
+
+
+@pytest.mark.parametrize("loss_type", DPO_LOSS_TYPES)
+@pytest.mark.parametrize("source", fastpref.CONVENTIONS)
+def test_beta_conversion_of_every_loss_type(source: str, loss_type: str) -> None:
+    """The loss of a code's own margin with its own beta is ours with the converted one; where beta
+    is no part of the margin (ipo, sppo_hard), up to the square of the margin's scale."""
+    factor, sums, timesteps, _ = fastpref.CONVENTIONS[source]
+    scale = (64 if sums else 1) * (1000 if timesteps else 1)
+    mse = torch.tensor([0.31, 0.33], dtype=torch.float64)
+    ref_mse = torch.tensor([0.32, 0.325], dtype=torch.float64)
+    beta = 40.0 / scale
+    ours = fastpref.convert_beta(beta, source, loss_type=loss_type, n_elements=64)
+    knobs = {"label_smoothing": 0.1} if loss_type in ("robust", "exo_pair") else {}
+    out = fastpref.losses_from_errors(
+        mse, ref_mse=ref_mse, link=f"dpo_{loss_type}", beta=ours, **knobs
+    )
+    if loss_type in ("ipo", "sppo_hard"):
+        own = fastpref.losses_from_errors(
+            scale * mse, ref_mse=scale * ref_mse, link=f"dpo_{loss_type}", beta=beta
+        )
+        assert own.loss.item() == pytest.approx(scale**2 * out.loss.item(), rel=1e-9)
+    else:
+        logits = -factor * scale * beta * (mse - ref_mse)
+        own = fastpref.losses_from_errors(
+            -logits, ref_mse=0 * mse, link=f"dpo_{loss_type}", beta=2.0, **knobs
+        )
+        assert own.loss.item() == pytest.approx(out.loss.item(), rel=1e-9)
+
+
+def test_beta_conversion_refuses_by_name() -> None:
+    assert fastpref.convert_beta(2500.0, "diffusers-sd15", loss_type="ipo") == 2500.0
+    for beta in (-1.0, 0.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"^beta is .*above 0"):
+            fastpref.convert_beta(beta, "fastpref")
+    with pytest.raises(TypeError, match=r"^beta must be a float, got a str"):
+        fastpref.convert_beta("2500", "fastpref")
+    with pytest.raises(ValueError, match=r"^loss_type is 'kto'; expected one of sigmoid"):
+        fastpref.convert_beta(1.0, "fastpref", loss_type="kto")
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("n_samples", [1, 3, 4])
+def test_an_unpaired_batch_is_trained_on_whole(
+    impl: Impl, n_samples: int, device: torch.device
+) -> None:
+    pred, target = torch.randn(2, n_samples, 3, 5, device=device)
+    pred.requires_grad_()
+    weight = torch.linspace(0.5, 2.0, n_samples, device=device)
+    c = 0.2
+    for function, errors, options in (
+        (fastpref.sft_loss, (pred - target).square(), {}),
+        (fastpref.self_npo_loss, ((pred - target).square() + c * c).sqrt() - c, {"huber_c": c}),
+    ):
+        out = function(pred, target, paired=False, pair_weight=weight, impl=impl, **options)
+        per_sample = errors.flatten(1).mean(1)
+        wanted = (weight * per_sample).mean()
+        torch.testing.assert_close(out.loss, wanted)
+        torch.testing.assert_close(out.mse_w, per_sample.detach())
+        got, exact = (torch.autograd.grad(loss, pred)[0] for loss in (out.loss, wanted))
+        torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-7)
+        assert got.flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("function", [fastpref.sft_loss, fastpref.self_npo_loss])
+def test_half_of_a_batch_is_not_trained_on_in_silence(function: Any) -> None:
+    pred, target = torch.randn(2, 4, 3)
+    with pytest.raises(ValueError, match=r"^paired is missing.*paired=True.*paired=False"):
+        function(pred, target)
+    with pytest.raises(ValueError, match=r"^paired is False, but"):
+        function(tuple(pred.chunk(2)), target[:2], paired=False)
+    with pytest.raises(TypeError, match=r"^paired must be True or False, got 1"):
+        function(pred, target, paired=1)
+    pairs = function(pred, target, paired=True).loss
+    for form in ((tuple(pred.chunk(2)), target), (tuple(pred.chunk(2)), tuple(target.chunk(2)))):
+        assert torch.equal(function(*form).loss, pairs)
+    shared = function(pred, target[:2]).loss  # which says by itself that these are pairs
+    assert torch.equal(shared, function(pred, target[:2].repeat(2, 1), paired=True).loss)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_drops_are_exact_where_errors_cancel(impl: Impl, device: torch.device) -> None:
+    """Policy and reference differ by 1e-4: the difference of their errors has lost most digits."""
+    target, off, drift = torch.randn(3, 4, 4096, device=device)
+    ref = target + 3 * off
+    pred = ref + 1e-4 * drift
+    wanted = ((pred.double() - target).square() - (ref.double() - target).square()).mean(1)
+    for mask in (None, torch.ones(4, 4096, device=device)):
+        for function in (fastpref.dpo_loss, fastpref.npo_loss):
+            out: Any = function(pred, target, ref, beta=10.0, mask=mask, impl=impl)
+            drops = torch.cat([out.drop_w, out.drop_l]).double()
+            torch.testing.assert_close(drops, wanted, rtol=1e-4, atol=1e-9)
+    ref_mse = (ref - target).square().mean(1)
+    given: Any = fastpref.npo_loss(pred, target, ref_mse=ref_mse, impl=impl)
+    assert torch.equal(torch.cat([given.ref_mse_w, given.ref_mse_l]), ref_mse)
+    assert torch.equal(given.drop_w, given.mse_w - given.ref_mse_w)
+    assert torch.equal(given.drop_l, given.mse_l - given.ref_mse_l)
+    assert fastpref.mapo_loss(pred, target).drop_w is None
