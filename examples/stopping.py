@@ -119,7 +119,7 @@ class Stop:
     def how_to_go_on(self) -> str:
         whole = list_checkpoints(self.output_dir)
         if not whole:
-            return "no step was made: start again"
+            return "there is no checkpoint yet"
         return f"--resume_from_checkpoint latest goes on from {whole[-1]}"
 
 

@@ -8,6 +8,9 @@ import os
 import random
 import signal
 import socket
+import subprocess
+import sys
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +35,16 @@ FULL: dict[str, Any] = {
     "lr_scheduler": "cosine",
     "random_crop": True,
 }
-# A process of this server has all that is slow to import.
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["launch_trainer", "small_run"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> None:
+    """Processes are forks of one that has imported all that is slow to import."""
+    FORK.set_forkserver_preload(["launch_trainer", "small_run", "test_signals"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # Python 3.11's takes no sys.path
+        forkserver.ensure_running()
 
 
 @pytest.fixture
@@ -46,6 +56,7 @@ def rng(request: pytest.FixtureRequest) -> random.Random:
 
 def child(words: list[str], environment: dict[str, str], log: Path) -> None:
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # of data loaders: not like this process
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_DFL)
     with log.open("wb") as file:
@@ -134,3 +145,102 @@ def test_stopped_wherever_it_is_a_run_ends_the_same(
     assert_same_rows(whole, stopped, "metrics.jsonl", "eval.jsonl")
     for grid in (whole / "validation").iterdir():
         assert grid.read_bytes() == (stopped / "validation" / grid.name).read_bytes()
+
+
+TWO: dict[str, Any] = {**FLAGS, "processes": 2, "dataloader_num_workers": 1}
+
+
+@pytest.fixture(scope="module")
+def whole_by_two(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs of two processes that nothing stops."""
+    folder = tmp_path_factory.mktemp("two")
+    for name, kind in (("lora", LORA), ("full", FULL)):
+        finish(world, folder / name, **TWO, **kind)
+    return {name: folder / name for name in ("lora", "full")}
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(
+    world: Path, tmp_path: Path, rng: random.Random, whole_by_two: dict[str, Path]
+) -> None:
+    step, heard = rng.randint(1, STEPS - 1), rng.randrange(2)
+    orders = ["step:1000:self:SIGTERM"] * 2
+    orders[heard] = f"step:{step}:self:SIGTERM"
+    codes, said = start(world, tmp_path / "run", *orders, **TWO, **LORA)
+    assert codes == [143, 143], said
+    assert newest(tmp_path / "run") == step
+    assert said.count("--resume_from_checkpoint latest goes on from") == 1
+    assert "Traceback" not in said
+    finish(world, tmp_path / "run", **TWO, **LORA)
+    assert_same_weights(whole_by_two["lora"], tmp_path / "run")
+    assert_same_rows(whole_by_two["lora"], tmp_path / "run", "metrics.jsonl")
+
+
+def test_signals_at_different_steps_stop_two_processes_at_the_first(
+    world: Path, tmp_path: Path, rng: random.Random, whole_by_two: dict[str, Path]
+) -> None:
+    # The whole group is sent them, data loaders' workers too, as launchers and terminals do.
+    step = rng.randint(2, STEPS - 1)
+    orders = [f"step:{step}:group:SIGINT", "save:1:group:SIGTERM"]
+    codes, said = start(world, tmp_path / "run", *orders, **TWO, **FULL)
+    assert codes == [130, 130], said
+    assert newest(tmp_path / "run") == step
+    assert "Traceback" not in said
+    finish(world, tmp_path / "run", **TWO, **FULL)
+    assert_same_weights(whole_by_two["full"], tmp_path / "run")
+    assert_same_rows(whole_by_two["full"], tmp_path / "run", "metrics.jsonl")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_the_launcher_reaches_all(
+    world: Path, tmp_path: Path, rng: random.Random, name: str, whole_by_two: dict[str, Path]
+) -> None:
+    step, folder = rng.randint(1, STEPS - 1), tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, str(HERE / "launch_trainer.py"), *argv(world, folder, **FLAGS, **LORA,
+                                                          dataloader_num_workers=1)],
+        env={
+            **os.environ,
+            "ACCELERATE_USE_CPU": "true",
+            "INTERRUPT": f"{rng.randrange(2)}:step:{step}:launcher:{name}",
+        },
+        capture_output=True, text=True, timeout=240, start_new_session=True,
+    )  # fmt: skip
+    assert "via Signals.SIGKILL" not in done.stderr
+    assert step <= newest(folder) <= step + 1, done.stderr  # until the launcher acts
+    assert f"stopped by {name} after step {newest(folder)}" in done.stderr
+    finish(world, folder, **TWO, **LORA)
+    assert_same_weights(whole_by_two["lora"], folder)
+
+
+@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_before_the_first_step_it_ends_at_once_even_where_it_waits(
+    world: Path, tmp_path: Path, name: str, processes: int
+) -> None:
+    # The others wait for the one that sleeps, in a collective.
+    orders = [f"data:1:self:{name}:wait", f"data:1:self:{name}"][:processes]
+    codes, said = start(world, tmp_path / "run", *orders, processes=processes, **FLAGS)
+    assert codes == [CODES[name]] * processes, said
+    assert f"stopped by {name}; there is no checkpoint yet" in said
+    assert "Traceback" not in said
+    assert not list_checkpoints(tmp_path / "run")
+
+
+def test_a_second_ctrl_c_ends_it_at_once_with_nothing_half_written(
+    world: Path, tmp_path: Path
+) -> None:
+    folder, flags = tmp_path / "run", {**FLAGS, "checkpointing_steps": 3}
+    codes, said = start(world, folder, "save:2:self:SIGTERM,SIGTERM,SIGINT:wait", **flags)
+    assert codes == [143], said
+    assert [step_of(path) for path in list_checkpoints(folder)] == [3]
+    assert f"goes on from {folder / 'checkpoint-3'}" in said.splitlines()[-1]
+    finish(world, folder, **flags)
+    assert newest(folder) == STEPS
+
+
+def test_what_fails_while_it_stops_is_still_an_error(world: Path, tmp_path: Path) -> None:
+    codes, said = start(world, tmp_path / "run", "save:1:self:SIGTERM:fail", **FLAGS)
+    assert codes == [1]
+    assert "OSError: no space left" in said
+    assert not list_checkpoints(tmp_path / "run")
