@@ -159,11 +159,12 @@ def refusal(path: Path, error: object) -> ValueError:
         reason = "it is a pickle that " + (
             f"names {named[1]}, and so could run code" if named else "torch.save does not write"
         )
+        reason += "; need tensors and plain values alone"
     elif isinstance(error, BaseException):
         reason = f"{type(error).__name__}: {next(iter(reason.splitlines()), '')}"
     return ValueError(
-        f"{path} is not loaded: {reason}; need tensors and plain values alone. Resume from another "
-        "checkpoint, or start anew in another --output_dir"
+        f"{path} is not loaded: {reason}. Resume from another checkpoint, or start anew in another "
+        "--output_dir"
     )
 
 
@@ -200,7 +201,10 @@ def check_random_states(path: Path) -> None:
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> dict[str, Any]:
     """Load what `Accelerator.save_state` wrote, and return the trainer's own state."""
-    state = json.loads((checkpoint / STATE_FILE).read_text())
+    try:
+        state = dict(json.loads((checkpoint / STATE_FILE).read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise refusal(checkpoint / STATE_FILE, error) from error
     with only_values():
         check_files(checkpoint)
         process = accelerator.process_index
