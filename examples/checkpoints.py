@@ -36,7 +36,7 @@ INDEX = {
 }  # fmt: skip
 # What DeepSpeed's files hold beside tensors.
 DEEPSPEED = {
-    "deepspeed.runtime.fp16.loss_scaler": {"LossScaler", "DynamicLossScaler"},
+    "deepspeed.runtime.fp16.loss_scaler": {"LossScaler"},
     "deepspeed.runtime.zero.config": {"ZeroStageEnum"},
     "deepspeed.utils.tensor_fragment": {"fragment_address"},
 }
@@ -195,6 +195,8 @@ def check_random_states(path: Path) -> None:
         torch.Generator().set_state(states["torch_manual_seed"])
         if not isinstance(states["step"], int):
             raise TypeError(f"step is {states['step']!r}")
+        if any(seed.dtype != torch.uint8 for seed in states.get("torch_cuda_manual_seed", [])):
+            raise TypeError("a GPU's state is not in bytes")
     except Exception as error:
         raise refusal(path, error) from error
 

@@ -30,13 +30,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-    """Whether to stop, and how. `with` it, signals are heard."""
+    """The signals that came, and what the processes make of them. It listens inside its `with`."""
 
     def __init__(self, output_dir: Path) -> None:
         self.output_dir = output_dir
-        self.signum = 0  # of the signal that came, to this process or, once agreed, to another
-        self.stepping = False  # and so a signal waits for the end of a step
-        self.agreement = False
+        self.heard = 0  # the number of the first signal that came to this process
+        self.agreement = 0  # the number of the signal that all processes stop for
+        self.stepping = False  # while steps are made, a signal waits for the end of one
         self.group: distributed.ProcessGroup | None = None  # where there are several processes
         self.accelerator: Accelerator | None = None
         self.lock = threading.Lock()
@@ -56,7 +56,7 @@ class Stop:
         self.mouth.close()  # which ends the thread
 
     def listen(self) -> None:
-        """Hear signals, in a thread of its own, until nobody can make any."""
+        """Hear signals, in a thread of its own, until the other end is closed."""
         with self.ear:
             while heard := self.ear.recv(1):
                 if heard[0] in SIGNALS:
@@ -64,12 +64,11 @@ class Stop:
 
     def hear(self, signum: int) -> None:
         with self.lock:
-            again = self.signum != 0
-            self.signum = self.signum or signum
+            again = self.heard != 0
+            self.heard = self.heard or signum
             wait = self.stepping and not (again and signum == signal.SIGINT)
         if not wait:
-            tell(f"stopped by {name_of(self.signum)}; {self.how_to_go_on()}")
-            exit_now(self.signum)
+            self.leave_now()
         if not again:
             tell(f"{name_of(signum)}: stopping after this step, with a checkpoint "
                  "(Ctrl-C: at once, without)")  # fmt: skip
@@ -88,33 +87,38 @@ class Stop:
         """From now on signals stop the process at once; one that has come does it here."""
         with self.lock:
             self.stepping = False
-        if self.signum:
-            tell(f"stopped by {name_of(self.signum)}; {self.how_to_go_on()}")
-            exit_now(self.signum)
+        if self.asked():
+            self.leave_now()
 
     def asked(self) -> bool:
-        """Whether this process has heard a signal."""
-        return self.signum != 0
+        """Whether this process knows of a signal."""
+        return bool(self.agreement or self.heard)
 
     def agreed(self) -> bool:
         """Whether any process has heard a signal. All processes call this together."""
-        if self.group is not None and not self.agreement:
-            heard = torch.tensor(self.signum)
+        if self.group is None:
+            self.agreement = self.heard
+        elif not self.agreement:
+            heard = torch.tensor(self.heard)
             distributed.all_reduce(heard, distributed.ReduceOp.MAX, self.group)
-            self.agreement = bool(heard)
-            if self.agreement:
-                self.signum = int(heard)
-        return self.asked() if self.group is None else self.agreement
+            self.agreement = int(heard)
+        return self.agreement != 0
 
     def leave(self, step: int) -> NoReturn:
         """End the run after `step`, whose checkpoint is whole. All processes call this together."""
         assert self.accelerator is not None
         for tracker in self.accelerator.trackers:
             tracker.finish()
-        tell(f"stopped by {name_of(self.signum)} after step {step}; {self.how_to_go_on()}")
+        tell(f"stopped by {name_of(self.agreement)} after step {step}; {self.how_to_go_on()}")
         if self.group is not None:
-            exit_now(self.signum)  # at the interpreter's end gloo's threads may abort the process
-        sys.exit(128 + self.signum)
+            exit_now(self.agreement)  # the interpreter's end may abort a thread of gloo
+        sys.exit(128 + self.agreement)
+
+    def leave_now(self) -> NoReturn:
+        """End this process where it is."""
+        signum = self.agreement or self.heard
+        tell(f"stopped by {name_of(signum)}; {self.how_to_go_on()}")
+        exit_now(signum)
 
     def how_to_go_on(self) -> str:
         whole = list_checkpoints(self.output_dir)
