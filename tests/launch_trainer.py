@@ -68,7 +68,7 @@ def spoil(place: str) -> None:
     LOSSES["mapo"] = spoilt
 
 
-# What a signal can come in, the ones that are called again and again and the others.
+# Where a signal can come: what is called then.
 MOMENTS: dict[str, tuple[Any, str]] = {
     "step": (Journal, "end_step"),
     "save": (Accelerator, "save_state"),

@@ -154,7 +154,7 @@ TWO: dict[str, Any] = {**FLAGS, "processes": 2, "dataloader_num_workers": 1}
 def whole_by_two(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Runs of two processes that nothing stops."""
     folder = tmp_path_factory.mktemp("two")
-    for name, kind in (("lora", LORA), ("full", FULL)):
+    for name, kind in (("lora", LORA | seeing(world)), ("full", FULL)):
         finish(world, folder / name, **TWO, **kind)
     return {name: folder / name for name in ("lora", "full")}
 
@@ -189,6 +189,22 @@ def test_signals_at_different_steps_stop_two_processes_at_the_first(
     finish(world, tmp_path / "run", **TWO, **FULL)
     assert_same_weights(whole_by_two["full"], tmp_path / "run")
     assert_same_rows(whole_by_two["full"], tmp_path / "run", "metrics.jsonl")
+
+
+def test_two_processes_break_off_a_look_together_and_make_up_for_it(
+    world: Path, tmp_path: Path, whole_by_two: dict[str, Path]
+) -> None:
+    flags = {**TWO, **LORA, **seeing(world), "resume_from_checkpoint": "latest"}
+    never = "step:1000:self:SIGTERM"
+    # All score, and the first paints. The base is scored and painted before.
+    for orders, step in (([never, "score:2:self:SIGTERM"], 2), (["paint:3:self:SIGTERM"], 4)):
+        codes, said = start(world, tmp_path / "run", *orders, **flags)
+        assert codes == [143, 143], said
+        assert newest(tmp_path / "run") == step
+        assert "Traceback" not in said
+    finish(world, tmp_path / "run", **{**TWO, **LORA, **seeing(world)})
+    assert_same_weights(whole_by_two["lora"], tmp_path / "run")
+    assert_same_rows(whole_by_two["lora"], tmp_path / "run", "metrics.jsonl", "eval.jsonl")
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
