@@ -1,16 +1,45 @@
-"""Knows how a folder appears on disk whole or not at all, and which checkpoint is the last one."""
+"""Checkpoints: each appears on disk whole or not at all, and loading one runs no code it holds."""
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
+import random
+import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from accelerate import Accelerator
+from accelerate.utils import load
+from torch.distributed.checkpoint.api import CheckpointException
 
 PREFIX, ASIDE = "checkpoint-", ".tmp-"
+STATE_FILE = "trainer_state.json"
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}  # as torch.save writes them
+# What the index of a checkpoint in parts (torch.distributed.checkpoint) is made of.
+INDEX = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", "device"} | {n for n, v in vars(torch).items() if isinstance(v, torch.dtype)},
+    **{module: {"PosixPath", "WindowsPath"} for module in ("pathlib", "pathlib._local")},
+}  # fmt: skip
+# What DeepSpeed's files hold beside tensors.
+DEEPSPEED = {
+    "deepspeed.runtime.fp16.loss_scaler": {"LossScaler"},
+    "deepspeed.runtime.zero.config": {"ZeroStageEnum"},
+    "deepspeed.utils.tensor_fragment": {"fragment_address"},
+}
 
 
 def step_of(checkpoint: Path) -> int:
@@ -89,3 +118,104 @@ def written_aside(folder: Path, accelerator: Accelerator | None = None) -> Itera
         os.replace(aside, folder)
     if accelerator is not None:
         accelerator.wait_for_everyone()
+
+
+class IndexUnpickler(pickle.Unpickler):
+    """Reads the index of a checkpoint in parts, and makes nothing but what such an index holds."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in INDEX.get(module, ()):
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        return super().find_class(module, name)
+
+
+@contextmanager
+def only_values() -> Iterator[None]:
+    """Let torch.load make nothing but tensors and plain values, whatever its callers ask for."""
+    forced, opposite = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = {name: os.environ.pop(name, None) for name in (forced, opposite)}
+    os.environ[forced] = "1"
+    allowed = [
+        getattr(sys.modules[module], name)
+        for module, names in DEEPSPEED.items()
+        for name in sorted(names)
+        if hasattr(sys.modules.get(module), name)
+    ]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def refusal(path: Path, error: object) -> ValueError:
+    """The error to raise for a file that cannot be loaded, or must not be."""
+    reason = str(error)
+    if isinstance(error, pickle.UnpicklingError):
+        named = re.search(r"GLOBAL (\S+)", reason)
+        reason = "it is a pickle that " + (
+            f"names {named[1]}, and so could run code" if named else "torch.save does not write"
+        )
+        reason += "; need tensors and plain values alone"
+    elif isinstance(error, BaseException):
+        reason = f"{type(error).__name__}: {next(iter(reason.splitlines()), '')}"
+    return ValueError(
+        f"{path} is not loaded: {reason}. Resume from another checkpoint, or start anew in another "
+        "--output_dir"
+    )
+
+
+def check_files(checkpoint: Path) -> None:
+    """Raise a ValueError for the first file that would make more than tensors and plain values."""
+    for path in sorted([*checkpoint.iterdir(), *checkpoint.glob("*/*")]):
+        if not path.is_file():
+            continue
+        if path.name.startswith("custom_checkpoint_"):
+            raise refusal(path, "it is the average of --use_ema as earlier versions kept it, in a "
+                          "pickle, which could run code")  # fmt: skip
+        try:
+            if path.name.endswith(".metadata"):
+                with path.open("rb") as file:
+                    IndexUnpickler(file).load()
+            elif path.suffix in PICKLES:
+                load(path, map_location="meta")  # reads what there is, but no tensor
+        except Exception as error:
+            raise refusal(path, error) from error
+
+
+def check_random_states(path: Path) -> None:
+    """Raise a ValueError for what accelerate would pass over in silence."""
+    try:
+        states = load(path)
+        random.Random().setstate(states["random_state"])
+        np.random.RandomState().set_state(states["numpy_random_seed"])
+        torch.Generator().set_state(states["torch_manual_seed"])
+        if not isinstance(states["step"], int):
+            raise TypeError(f"step is {states['step']!r}")
+        if any(seed.dtype != torch.uint8 for seed in states.get("torch_cuda_manual_seed", [])):
+            raise TypeError("a GPU's state is not in bytes")
+    except Exception as error:
+        raise refusal(path, error) from error
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> dict[str, Any]:
+    """Load what `Accelerator.save_state` wrote, and return the trainer's own state."""
+    try:
+        state = dict(json.loads((checkpoint / STATE_FILE).read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise refusal(checkpoint / STATE_FILE, error) from error
+    with only_values():
+        check_files(checkpoint)
+        process = accelerator.process_index
+        if process < state.get("processes", 1):  # there may be more of them than there were
+            check_random_states(checkpoint / f"random_states_{process}.pkl")
+        try:
+            accelerator.load_state(str(checkpoint))
+        except pickle.UnpicklingError as error:
+            raise refusal(checkpoint, error) from error
+        except CheckpointException as error:  # of a checkpoint in parts
+            raise refusal(checkpoint, next(iter(error.failures.values()))[0]) from error
+    return state

@@ -1,11 +1,11 @@
-"""What is trained, the whole UNet or adapters (LoRA), with what it is compared, and how both are
+"""What is trained, the whole UNet or adapters (LoRA), what it is compared with, and how both are
 put on disk."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel, cast_training_params
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -28,6 +29,7 @@ from sdxl import load_vae
 
 UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+EMA_FILE = "ema.safetensors"
 
 
 def add_lora(args: argparse.Namespace, unet: Any, text_encoders: Sequence[Any]) -> None:
@@ -173,15 +175,46 @@ def averaged(
 class EMA(EMAModel):
     """A moving average whose state goes with a checkpoint, and comes back to its device."""
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def save(self, path: Path, names: Sequence[str]) -> None:
+        """Write the state: the average under the names of its parameters, numbers beside it."""
+        state = self.state_dict()
+        average = dict(zip(names, state.pop("shadow_params"), strict=True))
+        average = {name: value.contiguous() for name, value in average.items()}
+        save_file(average, path, {"numbers": json.dumps(state)})
+
+    def load(self, path: Path, names: Sequence[str]) -> None:
+        """Take up the state that `save` wrote."""
+        if not path.exists():
+            raise ValueError(f"--use_ema came, but {path.parent} holds no {path.name}: it is of a "
+                             "run without --use_ema; need a run with it, or none")  # fmt: skip
+        with safe_open(path, "pt") as file:
+            numbers = json.loads((file.metadata() or {}).get("numbers", "{}"))
+        if {*numbers, "shadow_params"} != self.state_dict().keys():
+            raise ValueError(f"{path} holds {', '.join(numbers) or 'no numbers'} beside the "
+                             "average; need another checkpoint")  # fmt: skip
+        average = load_file(path)
+        check_same(path, average, dict(zip(names, self.shadow_params, strict=True)))
         device = self.shadow_params[0].device
-        super().load_state_dict(state_dict)
+        self.load_state_dict(numbers | {"shadow_params": [average[name] for name in names]})
         self.to(device)
 
 
-def keep_only_what_learns(accelerator: Accelerator) -> None:
-    """Let checkpoints hold what `trainable` gives, under names that do not depend on the number of
-    processes. FSDP and DeepSpeed write in their own ways."""
+def check_same(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError where a file has other weights than the model."""
+    differ = sorted(
+        {*found} ^ {*wanted}
+        | {n for n in {*found} & {*wanted} if found[n].shape != wanted[n].shape}
+    )
+    if differ:
+        raise ValueError(
+            f"resume_from_checkpoint={path}: {len(differ)} weights are not those of this "
+            f"model ({', '.join(differ[:3])}, ...); need the same model and --lora_rank"
+        )
+
+
+def keep_only_what_learns(accelerator: Accelerator, ema: EMA | None) -> None:
+    """Let checkpoints hold what `trainable` gives, and its average, under names that do not depend
+    on the number of processes. FSDP and DeepSpeed write in their own ways."""
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return
 
@@ -189,26 +222,29 @@ def keep_only_what_learns(accelerator: Accelerator) -> None:
         parameters = accelerator.unwrap_model(model).named_parameters()
         return {name: p.detach().contiguous() for name, p in parameters if p.requires_grad}
 
+    def names(models: list[Any]) -> list[str]:
+        """In the order of `trainable`."""
+        return [f"{i}.{name}" for i, model in enumerate(models) for name in learned(model)]
+
     def save(models: list[Any], weights: list[Any], folder: str) -> None:
         if accelerator.is_main_process:
             for i, model in enumerate(models):
                 save_file(learned(model), Path(folder) / f"learned_{i}.safetensors")
+            if ema is not None:
+                ema.save(Path(folder) / EMA_FILE, names(models))
         weights.clear()
 
     def load(models: list[Any], folder: str) -> None:
         for i, model in enumerate(models):
-            found = load_file(Path(folder) / f"learned_{i}.safetensors")
-            wanted = learned(model)
-            differ = sorted(
-                {*found} ^ {*wanted}
-                | {n for n in {*found} & {*wanted} if found[n].shape != wanted[n].shape}
-            )
-            if differ:
-                raise ValueError(
-                    f"resume_from_checkpoint={folder}: {len(differ)} weights are not those of this "
-                    f"model ({', '.join(differ[:3])}, ...); need the same model and --lora_rank"
-                )
+            path = Path(folder) / f"learned_{i}.safetensors"
+            found = load_file(path)
+            check_same(path, found, learned(model))
             accelerator.unwrap_model(model).load_state_dict(found, strict=False)
+        if ema is not None:
+            ema.load(Path(folder) / EMA_FILE, names(models))
+        elif (Path(folder) / EMA_FILE).exists():
+            raise ValueError(f"{folder} holds an average ({EMA_FILE}), which would be lost; need "
+                             "--use_ema, as in the run before")  # fmt: skip
         models.clear()
 
     accelerator.register_save_state_pre_hook(save)

@@ -22,6 +22,7 @@ from latent_cache import build_cache
 from pair_data import PairBatches, PreferencePairs, StreamedPairs
 from pair_sources import has_splits, read_rows, settle_ties, survey
 from sdxl import VAE_DTYPES, Collator, Encoders
+from stopping import leave_signals_to_parent
 
 Rows: TypeAlias = Dataset | IterableDataset
 
@@ -108,6 +109,7 @@ def make_loader(
         "num_workers": args.dataloader_num_workers,
         "pin_memory": accelerator.device.type == "cuda",
         "generator": torch.Generator(),  # its own, so that the global RNG is left alone
+        "worker_init_fn": leave_signals_to_parent,
     }
     if isinstance(data, PreferencePairs):
         assert data.buckets is not None

@@ -1,4 +1,4 @@
-"""Knows how an SDXL model is aligned on preference pairs, from the flags to the saved pipeline.
+"""Alignment of an SDXL model on preference pairs, from the flags to the saved pipeline.
 
     accelerate launch examples/train_sdxl.py \\
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \\
@@ -17,7 +17,6 @@ import functools
 import itertools
 import json
 import math
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -37,8 +36,10 @@ from tqdm.auto import tqdm
 import fastpref
 from check_data import check_data
 from checkpoints import (
+    STATE_FILE,
     find_checkpoint,
     list_checkpoints,
+    load_checkpoint,
     prune,
     remove_leftovers,
     step_of,
@@ -90,11 +91,18 @@ from sdxl import (
     noisy_pairs,
     side_factor,
 )
+from stopping import Stop
 from watching import Watch
 
 
 def main(args: argparse.Namespace) -> None:
     """Train, and leave checkpoints, metrics, curves and the result in `args.output_dir`."""
+    with Stop(Path(args.output_dir)) as stop:
+        train(args, stop)
+
+
+def train(args: argparse.Namespace, stop: Stop) -> None:
+    """The run itself, which `stop` may end before its last step."""
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -211,18 +219,17 @@ def main(args: argparse.Namespace) -> None:
     ema = None
     if args.use_ema:
         ema = EMA(parameters, decay=args.ema_decay)
-        accelerator.register_for_checkpointing(ema)
-    keep_only_what_learns(accelerator)
+    keep_only_what_learns(accelerator, ema)
 
     # Go on from a checkpoint: weights, optimizer, schedule, RNG, and the place in the data.
     state = {
         "step": 0, "pairs_seen": 0, "bad_in_row": 0, "pairs": count, "loss": args.loss,
+        "look_cut_short": False,
     }  # fmt: skip
     checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
     if checkpoint is not None:
         accelerator.print(f"resuming from {checkpoint}")
-        accelerator.load_state(str(checkpoint))
-        state |= json.loads((checkpoint / "trainer_state.json").read_text())
+        state |= load_checkpoint(accelerator, checkpoint)
         if state["pairs"] != count:
             raise ValueError(
                 f"{checkpoint} is of a run on {state['pairs']} pairs; there are {count} now: need "
@@ -265,7 +272,7 @@ def main(args: argparse.Namespace) -> None:
         model = frozen_copy(load_unet(args), DTYPES[args.mixed_precision])
         return nullcontext(model.to(accelerator.device))
 
-    watch = Watch(args, accelerator, heldout, painter, scheduler, now, base,
+    watch = Watch(args, accelerator, stop, heldout, painter, scheduler, now, base,
                   text_encoders if args.train_text_encoder else [])  # fmt: skip
     metrics_path = output_dir / "metrics.jsonl"
     if accelerator.is_main_process:
@@ -282,21 +289,32 @@ def main(args: argparse.Namespace) -> None:
                     desc=args.loss, unit="step")  # fmt: skip
     journal = Journal(accelerator, metrics_path, progress, step, state["bad_in_row"])
 
-    def save_checkpoint(bad_in_row: int) -> None:
+    def too_bad() -> bool:
+        return journal.longest >= args.max_bad_steps
+
+    def save_checkpoint() -> None:
         """Write everything a later run needs to go on from here as if nothing had happened."""
+        journal.flush()
         target = output_dir / f"checkpoint-{journal.step}"
         with written_aside(target, accelerator) as aside:
             accelerator.save_state(str(aside))
             if accelerator.is_main_process:
                 seen = state["pairs_seen"] + (journal.step - step) * pairs_per_step
-                place = {"step": journal.step, "pairs_seen": seen, "bad_in_row": bad_in_row}
-                (aside / "trainer_state.json").write_text(json.dumps(state | place))
+                place = {
+                    "step": journal.step,
+                    "pairs_seen": seen,
+                    "bad_in_row": 0 if too_bad() else journal.bad_in_row,
+                    "look_cut_short": watch.cut_short,
+                    "processes": accelerator.num_processes,
+                }
+                (aside / STATE_FILE).write_text(json.dumps(state | place))
         if accelerator.is_main_process:
             prune(output_dir, args.checkpoints_total_limit, target)
             health = fastpref.health(read_metrics(metrics_path))
             progress.write(f"step {journal.step}: {health}")
 
-    watch.begin(step)
+    watch.begin(step, again=state["look_cut_short"], last=step == max_train_steps)
+    stop.begin_steps(accelerator)
     for batch in itertools.islice(loader, micro_batches):  # a stream has no end
         tell_refused(args, batch["refused"])
         on_host = batch["timesteps"]
@@ -357,16 +375,20 @@ def main(args: argparse.Namespace) -> None:
             journal.flush()
         if at_look:
             watch.look(journal.step, last=at_end)
-        too_bad = journal.longest >= args.max_bad_steps
-        if at_checkpoint or too_bad:
-            save_checkpoint(0 if too_bad else journal.bad_in_row)
-        if too_bad:
+        if not (at_checkpoint or too_bad() or stop.agreed()):
+            continue
+        save_checkpoint()
+        if too_bad():
             raise FloatingPointError(
                 f"loss or gradients were not finite for {journal.longest} steps in a row, as was "
                 f"seen at step {journal.step}; none of them changed the weights, which checkpoint-"
                 f"{journal.step} holds. Lower --learning_rate or beta, or use bf16 or fp32; "
                 "--max_bad_steps says when to stop"
             )
+        if stop.agreed():
+            progress.close()
+            stop.leave(journal.step)
+    stop.end_steps()
     progress.close()
 
     accelerator.wait_for_everyone()
@@ -391,7 +413,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except KeyboardInterrupt:
-        sys.exit("stopped; --resume_from_checkpoint latest goes on from the last whole checkpoint")
+    main(parse_args())

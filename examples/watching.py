@@ -1,14 +1,15 @@
-"""Knows how a run is looked at from time to time, in comparison with the base model it began from:
-held-out pairs are scored, and prompts are painted."""
+"""Looks at a run from time to time, in comparison with the base model it began from: held-out pairs
+are scored, and prompts are painted."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from PIL import Image
@@ -16,8 +17,28 @@ from PIL import Image
 from curves import append_metrics, truncate_metrics
 from heldout import HeldOut, Scores
 from painting import Painter, write_grid
+from stopping import Stop
 
 Model = Callable[[], AbstractContextManager[Any]]  # a UNet, for as long as the context lasts
+
+
+class CutShort(Exception):
+    """A signal came while the model was looked at."""
+
+
+@contextmanager
+def unless(asked: Callable[[], bool], unet: torch.nn.Module) -> Iterator[None]:
+    """Raise `CutShort` at the next call of the UNet once `asked()`."""
+
+    def check(*_: Any) -> None:
+        if asked():
+            raise CutShort
+
+    hook = unet.register_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class Watch:
@@ -27,6 +48,7 @@ class Watch:
         self,
         args: argparse.Namespace,
         accelerator: Accelerator,
+        stop: Stop,
         heldout: HeldOut | None,
         painter: Painter | None,
         scheduler: Any,
@@ -35,25 +57,28 @@ class Watch:
         text_encoders: Sequence[Any],
     ) -> None:
         """`now` and `base` give the model as it is and was; `text_encoders` come if they learn."""
-        self.args, self.accelerator = args, accelerator
+        self.args, self.accelerator, self.stop = args, accelerator, stop
         self.heldout, self.painter, self.scheduler = heldout, painter, scheduler
         self.now, self.base, self.text_encoders = now, base, text_encoders
         self.rows_path = Path(args.output_dir) / "eval.jsonl"
         self.grids = Path(args.output_dir) / "validation"
         self.base_scores: Scores | None = None
         self.base_pictures: list[Image.Image] = []
+        self.cut_short = False  # the last look, by a signal
 
-    def begin(self, step: int) -> None:
-        """Learn what the base does, and look at the model before its first step."""
+    def begin(self, step: int, again: bool = False, last: bool = False) -> None:
+        """Learn what the base does, and look at the model before its first step, or `again` where
+        the look at `step` was cut short."""
+        looks = again or step == 0
         if self.accelerator.is_main_process:
-            truncate_metrics(self.rows_path, step)
+            truncate_metrics(self.rows_path, step - looks)
         if self.heldout is not None:
             with self.base() as unet:
                 self.base_scores = self.heldout.score(unet, self.text_encoders)
         if self.painter is not None:
             self.base_pictures = self.paint(self.base)
-        if step == 0:
-            self.look(0)
+        if looks:
+            self.look(step, last)
 
     def is_due(self, step: int, last: bool = False) -> bool:
         """Whether there is something to look at."""
@@ -66,13 +91,20 @@ class Watch:
         return self.painter is not None and (last or step % self.args.validation_steps == 0)
 
     def look(self, step: int, last: bool = False) -> None:
-        """Score and paint, as far as this step is one to do it at."""
+        """Score and paint, as far as this step is one to do it at, until a signal comes."""
+        self.cut_short = False
+        try:
+            self.score_and_paint(step, last)
+        except CutShort:
+            self.cut_short = True
+
+    def score_and_paint(self, step: int, last: bool) -> None:
         if self.scores_at(step, last):
             assert self.heldout is not None
             assert self.base_scores is not None
             scores = self.base_scores  # which a run begins from
             if step:
-                with self.now() as unet:
+                with self.now() as unet, unless(self.stop.agreed, unet):
                     scores = self.heldout.score(unet, self.text_encoders)
             row = HeldOut.row(scores, self.base_scores)
             if self.accelerator.is_main_process:
@@ -99,9 +131,13 @@ class Watch:
         with model() as unet:
             pictures: list[Image.Image] = []
             sharded = self.accelerator.distributed_type == DistributedType.FSDP
-            if sharded or self.accelerator.is_main_process:
-                bare = self.accelerator.unwrap_model(unet)
-                encoders = [self.accelerator.unwrap_model(each) for each in self.text_encoders]
-                pictures = self.painter.paint(bare, self.scheduler.config, encoders)
-            self.accelerator.wait_for_everyone()
+            asked = self.stop.agreed if sharded else self.stop.asked
+            try:
+                if sharded or self.accelerator.is_main_process:
+                    bare = self.accelerator.unwrap_model(unet)
+                    encoders = [self.accelerator.unwrap_model(each) for each in self.text_encoders]
+                    with unless(asked, bare):
+                        pictures = self.painter.paint(bare, self.scheduler.config, encoders)
+            finally:
+                self.accelerator.wait_for_everyone()
         return pictures
