@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import csv
 import inspect
 import math
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +17,10 @@ from diffusers import DDPMScheduler
 
 import fastpref
 import fastpref_kernels
+from tiny_sdxl import TIME_WIDTH, tiny_sdxl
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-USE, BEFORE, AFTER = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+USE, DPO, BEFORE, AFTER, OWN = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def rows(header: str) -> list[list[str]]:
@@ -119,25 +121,75 @@ def test_the_table_of_conventions_is_the_one_in_code() -> None:
         assert (eval(row[1]), row[2] == "sum", row[3] == "yes") == (factor, sums, timesteps)
 
 
-def test_eight_lines_of_use() -> None:
-    logged: dict[str, Any] = {}
-    weight = torch.ones((), requires_grad=True)
-    names: dict[str, Any] = {
-        "torch": torch,
-        "B": 3,
-        "latents": torch.randn(6, 4, 8, 8),
-        "timesteps": torch.tensor([10, 500, 900]),
-        "scheduler": DDPMScheduler(),
-        "prompt_embeds": torch.randn(3, 7, 16),
-        "unet": lambda noisy, t, prompts: SimpleNamespace(sample=noisy * weight),
-        "accelerator": SimpleNamespace(log=logged.update),
+@pytest.fixture(scope="module")
+def trainer() -> dict[str, Any]:
+    """What the README takes for given: a small SDXL, and three pairs of latents and prompts."""
+    pipeline = tiny_sdxl(sample_size=8)
+    n_pairs, unet = 3, pipeline.unet
+    width = unet.config.cross_attention_dim
+    pooled = unet.config.projection_class_embeddings_input_dim - 6 * TIME_WIDTH
+    return {
+        "B": n_pairs,
+        "latents": torch.randn(2 * n_pairs, 4, 8, 8),
+        "scheduler": pipeline.scheduler,
+        "unet": unet,
+        "reference_unet": copy.deepcopy(unet),
+        "prompt_embeds": torch.randn(2 * n_pairs, 7, width),
+        "pooled_prompt_embeds": torch.randn(2 * n_pairs, pooled),
+        "time_ids": torch.tensor([[64, 64, 0, 0, 64, 64]]).repeat(2 * n_pairs, 1),
     }
+
+
+def test_use(trainer: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """MaPO and then Diffusion-DPO, as written, on a UNet with SDXL's conditions."""
+    names = dict(trainer)
     exec(USE, names)
-    assert list(logged) == ["loss", "mse_w", "mse_l", "margin", "accuracy", "gradient_factor"]
-    for name in logged:
+    printed = eval(capsys.readouterr().out)
+    assert list(printed) == ["loss", "mse_w", "mse_l", "margin", "accuracy", "gradient_factor"]
+    for name in printed:
         assert name in USE
-    assert weight.grad is not None
-    assert len(USE.strip().splitlines()) == 8
+    assert all(p.grad is not None for p in trainer["unet"].parameters())
+    exec(DPO, names)
+    out = names["out"]
+    wanted = math.log(2.0) + 0.1 * out.mse_w.mean().item()  # the policy is still the reference
+    assert out.loss.item() == pytest.approx(wanted, rel=1e-5)
+    assert out.loss.requires_grad
+
+
+def test_own_terms_carry_a_gradient() -> None:
+    target = torch.randn(6, 4, 8, 8)
+    pred = (target + 0.5 * torch.randn_like(target)).requires_grad_()
+    names: dict[str, Any] = {"fastpref": fastpref, "F": F, "model_pred": pred, "target": target}
+    exec(OWN, names)
+    (grad,) = torch.autograd.grad(names["loss"], pred)
+    (without,) = torch.autograd.grad(fastpref.mapo_loss(pred, target).loss, pred)
+    own = 0.1 * 2 * (pred - target) / target[0].numel() / 3
+    torch.testing.assert_close(grad[:3] - without[:3], own[:3], rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(grad[3:], without[3:])
+
+
+def test_figures_of_precision_are_those_of_the_rows() -> None:
+    """The README's table against what `benchmarks/precision.py` wrote."""
+    results = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+
+    def read(name: str, **wanted: str) -> list[dict[str, str]]:
+        with (results / name).open() as file:
+            rows = [row for row in csv.DictReader(file)
+                    if all(row[key] == value for key, value in wanted.items())]  # fmt: skip
+        return sorted(rows, key=lambda row: row["provider"], reverse=True)  # published code first
+
+    mapo = [row for row in read("precision.csv", decade="-2") if row["provider"][-5:] != "torch"]
+    half = "precision-half.csv"
+    first = [read(half, dtype="bfloat16", stage="first step", mse=mse) for mse in ("0.1", "1.2")]
+    later = [read(half, dtype=dtype, stage="later", mse="0.1") for dtype in ("bfloat16", "float16")]
+    wanted = [
+        [float(f"{float(row['loss_rel_error']):.0e}") for row in mapo],
+        *[[float(row["loss"]) for row in each] for each in first],
+        *[[float(f"{float(row['loss_rel_error']):.0e}") for row in each] for each in later],
+    ]
+    shown = [[float(cell) for cell in row[1:]] for row in rows("| | published code | fastpref |")]
+    for got, exact in zip(shown, wanted, strict=True):
+        assert got == pytest.approx(exact, abs=5e-4, rel=1e-6)
 
 
 def test_before_and_after_give_the_same_numbers() -> None:
@@ -156,5 +208,5 @@ def test_before_and_after_give_the_same_numbers() -> None:
     exec(BEFORE, before)
     exec(AFTER, after)
     assert after["loss"].item() == pytest.approx(before["loss"].item(), rel=1e-3)
-    torch.testing.assert_close(after["w"], before["w"])
-    torch.testing.assert_close(after["l"], before["l"])
+    torch.testing.assert_close(after["out"].mse_w, before["w"])
+    torch.testing.assert_close(after["out"].mse_l, before["l"])
