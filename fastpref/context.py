@@ -25,11 +25,12 @@ def transformed() -> bool:
 def intercepted(*tensors: Tensor | None) -> bool:
     """Whether operations on these tensors go to Python first (FakeTensor, make_fx, a dispatch
     mode), which a kernel launched directly would bypass."""
-    return torch._C._len_torch_dispatch_stack() > 0 or any(
-        type(t).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
-        for t in tensors
-        if t is not None and type(t) is not Tensor
-    )
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    if {*map(type, tensors)} <= _PLAIN:
+        return False
+    plain = torch._C._disabled_torch_dispatch_impl
+    return any(getattr(t, "__torch_dispatch__", plain) is not plain for t in tensors)
 
 
 def readable(value: Tensor) -> bool:
@@ -40,6 +41,9 @@ def readable(value: Tensor) -> bool:
         and not transformed()
         and not intercepted(value)
     )
+
+
+_PLAIN = {Tensor, type(None)}
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:

@@ -285,15 +285,17 @@ def _gated(err: Tensor, live: bool | Tensor) -> Tensor:
 
 
 def _check_options(link: str | Link, reduction: str, error_reduction: str = "mean") -> Link:
-    if not isinstance(link, (str, Link)):
+    if isinstance(link, str):
+        if link not in LINKS:
+            raise ValueError(f"link is {link!r}; expected one of {', '.join(LINKS)}")
+        link = LINKS[link]
+    elif not isinstance(link, Link):
         raise TypeError(f"link must be a name or a Link, got a {type(link).__name__}")
-    if isinstance(link, str) and link not in LINKS:
-        raise ValueError(f"link is {link!r}; expected one of {', '.join(LINKS)}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction is {reduction!r}; expected "mean", "sum" or "none"')
     if error_reduction not in ("mean", "sum"):
         raise ValueError(f'error_reduction is {error_reduction!r}; expected "mean" or "sum"')
-    return LINKS[link] if isinstance(link, str) else link
+    return link
 
 
 def _check_reference(link: Link, arguments: str, given: bool) -> None:

@@ -41,15 +41,11 @@ def pair_loss(
     """(loss, stats) by the kernels, as `reference.pair_loss`; stats have the factors of the
     gradient between the margin and what is of the reference."""
     constants = (pairs.target, pairs.ref, pairs.mask, pairs.swap, huber_c)
-    opaque = _opaque(*pairs.pred, *pairs.target, *pairs.ref, *pairs.mask)
+    opaque = pairs.intercepted or torch.compiler.is_compiling()
     options = (link, scalars, reduction, error_reduction, opaque)
     loss, stats = _PairLoss.apply(*pairs.pred, constants, options)
     # Whoever changes a metric in place does not touch what backward reads.
     return loss, stats.clone() if opaque else stats.data
-
-
-def _opaque(*tensors: Tensor | None) -> bool:
-    return torch.compiler.is_compiling() or intercepted(*tensors)
 
 
 class _PairLoss(torch.autograd.Function):
@@ -67,6 +63,7 @@ class _PairLoss(torch.autograd.Function):
         if opaque:
             values = [0.0 if isinstance(s, Tensor) else s for s in scalars]
             tensors = [s if isinstance(s, Tensor) else None for s in scalars]
+            # by name: importing this module anew replaces the ops
             loss, stats = torch.ops.fastpref.pair_forward(
                 link.key, values, tensors, pred, pred_l, *target, *ref, *mask, swap,
                 huber_c, huber_t, *reductions,
@@ -86,27 +83,23 @@ class _PairLoss(torch.autograd.Function):
         need, need_l = ctx.needs_input_grad[:2]
         if grad_loss is None:
             return (None,) * 4
-        if _batched_or_dual(grad_loss):
-            raise RuntimeError(
+        run: Any = _launch_backward
+        if torch.compiler.is_compiling():
+            run = torch.ops.fastpref.pair_backward
+        elif transformed() or _functorch.is_legacy_batchedtensor(grad_loss):
+            raise RuntimeError(  # torch.func, is_grads_batched, or a grad_output with a tangent
                 "fastpref's kernels take no gradients that are batched or dual; "
                 'pass impl="torch" to the loss'
             )
-        run: Any = _launch_backward
-        if _opaque(grad_loss):  # by name: importing this module anew replaces the ops
+        elif intercepted(grad_loss):
             run = torch.ops.fastpref.pair_backward
+        elif grad_loss.is_neg():
+            grad_loss = grad_loss.resolve_neg()
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             run = functools.partial(_OnlyOnce.apply, run)
         stats, huber_t, *read = ctx.saved_tensors
         grads = run(grad_loss, stats, *read, ctx.swap, ctx.huber_c, huber_t, need, need_l)
         return grads[0] if need else None, grads[-1] if need_l else None, None, None
-
-
-def _batched_or_dual(grad: Tensor) -> bool:
-    """Whether a gradient comes from is_grads_batched (PyTorch's older vmap) or torch.func, or has a
-    tangent."""
-    if torch.compiler.is_compiling():
-        return False
-    return transformed() or _functorch.is_legacy_batchedtensor(grad)
 
 
 class _OnlyOnce(torch.autograd.Function):
@@ -174,7 +167,7 @@ def _launch_backward(
 ) -> list[Tensor]:
     huber = huber_c if huber_t is None else huber_t
     grads = launch.pair_backward(
-        grad_loss.resolve_neg(), stats, (pred, pred_l), (target, target_l), (mask, mask_l), swap,
+        grad_loss, stats, (pred, pred_l), (target, target_l), (mask, mask_l), swap,
         huber, (need, need_l),
     )  # fmt: skip
     return [grad for grad in grads if grad is not None]

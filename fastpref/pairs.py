@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .context import intercepted
+
 Halves: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 Scalar: TypeAlias = "float | Tensor"
 Operand: TypeAlias = "tuple[Tensor | None, Tensor | None]"
@@ -20,7 +22,8 @@ class Pairs(NamedTuple):
     that pairs share is ((B, ...), None); what is absent is (None, None).
 
     ref: the reference's predictions, or its errors, (2B,) or (B,) each. mask: of pred's sizes.
-    wide: fp64 is computed in. swap: losers and winners change places in all of them.
+    wide: fp64 is computed in. swap: losers and winners change places in all of them. intercepted:
+    see `context.intercepted`.
     """
 
     pred: Operand
@@ -30,6 +33,7 @@ class Pairs(NamedTuple):
     n_pairs: int
     wide: bool
     swap: bool
+    intercepted: bool
 
     @property
     def device(self) -> torch.device:
@@ -42,6 +46,7 @@ class Pairs(NamedTuple):
 
 
 _ABSENT: Operand = (None, None)
+_is_nested = Tensor.is_nested.__get__  # type: ignore[attr-defined]
 
 _passed: dict[Any, tuple[int, bool]] = {}  # n_pairs and wide, by all that a check looks at
 
@@ -61,14 +66,16 @@ def check_pairs(
     given: Any = (model_pred, target) if ref_pred is None else (model_pred, target, ref_pred)
     alone = ref_mse is None and mask is None and not torch.compiler.is_compiling()
     key, ref, masks = None, _ABSENT, _ABSENT
-    if alone and {*map(type, given)} == {Tensor} and not any(map(_is_special, given)):
-        such = [(t.shape, t.dtype, t.device, t.requires_grad) for t in given]
+    plain_ones = alone and {*map(type, given)} == {Tensor}
+    if plain_ones and not any(map(Tensor.is_neg, given)) and not any(map(_is_nested, given)):
+        such = [(t.shape, t.dtype, t.device, t.layout, t.requires_grad) for t in given]
         key = (torch.is_grad_enabled(), *such)
         if passed := _passed.get(key):
             n_pairs, wide = passed
             pred, goal, *_ = given
             ref = _ABSENT if ref_pred is None else (given[2], None)
-            return Pairs((pred, None), (goal, None), ref, masks, n_pairs, wide, swap)
+            modes = torch._C._len_torch_dispatch_stack() > 0
+            return Pairs((pred, None), (goal, None), ref, masks, n_pairs, wide, swap, modes)
     pred_w, pred_l = _operand("model_pred", model_pred)
     n_samples, *sample = pred_w.shape
     if pred_w.numel() == 0:
@@ -110,8 +117,10 @@ def check_pairs(
         if len(_passed) >= 4096:
             _passed.clear()
         _passed[key] = n_pairs, wide
+    target_l = None if shared else target_l
+    python_first = intercepted(*operands, *ref, *masks)
     return Pairs(
-        (pred_w, pred_l), (target_w, None if shared else target_l), ref, masks, n_pairs, wide, swap
+        (pred_w, pred_l), (target_w, target_l), ref, masks, n_pairs, wide, swap, python_first
     )
 
 
@@ -244,7 +253,3 @@ def plain(name: str, value: object) -> Tensor:
     if not torch.compiler.is_compiling() and value.is_neg():
         return value.resolve_neg()  # a lazily negated view, whose memory holds the opposite sign
     return value
-
-
-def _is_special(value: Tensor) -> bool:
-    return value.is_neg() or value.layout is not torch.strided or value.is_nested
