@@ -21,7 +21,7 @@ ErrorReduction: TypeAlias = Literal["mean", "sum"]
 Impl: TypeAlias = Literal["auto", "triton", "torch"]
 
 
-class CommonKnobs(TypedDict, total=False):
+class CoreKnobs(TypedDict, total=False):
     """Keyword arguments that every loss takes; see `pair_loss`."""
 
     mask: Halves
@@ -32,6 +32,13 @@ class CommonKnobs(TypedDict, total=False):
     error_reduction: ErrorReduction
     reduction: Reduction
     impl: Impl
+
+
+class CommonKnobs(CoreKnobs, total=False):
+    """Of losses that have neither as an argument of their own."""
+
+    huber_c: Scalar | None
+    swap: bool
 
 
 class UnsmoothedKnobs(CommonKnobs, total=False):
@@ -50,6 +57,14 @@ class OneSidedKnobs(CommonKnobs, total=False):
 class Knobs(UnsmoothedKnobs, total=False):
     """Of all others."""
 
+    label_smoothing: Scalar
+
+
+class OwnErrorKnobs(CoreKnobs, total=False):
+    """Of `npo_loss` and `self_npo_loss`, which swap the labels or have errors of their own."""
+
+    loser_weight: Scalar
+    prior_weight: Scalar
     label_smoothing: Scalar
 
 

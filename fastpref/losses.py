@@ -5,9 +5,9 @@ In the formulas below, mse_w and mse_l are the errors of a pair's winner and los
 drop_w = mse_w - ref_mse_w and drop_l = mse_l - ref_mse_l are negative where the model became
 better. Every function takes model_pred, target and ref_pred in the forms that `pair_loss`
 describes, its keyword arguments besides (mask, sample_weight, pair_weight, logit_scale,
-loser_weight, label_smoothing, sft_weight, error_reduction, reduction, impl), returns a LossOutput,
-and raises a TypeError or ValueError that names the argument, what came and what is needed. Each
-number may be a float, a 0-d tensor or a (B,) tensor.
+loser_weight, label_smoothing, sft_weight, huber_c, swap, error_reduction, reduction, impl), returns
+a LossOutput, and raises a TypeError or ValueError that names the argument, what came and what is
+needed. Each number may be a float, a 0-d tensor or a (B,) tensor.
 
 beta multiplies *means* over elements, in the convention of each official code; `convert_beta` goes
 between conventions.
@@ -22,7 +22,14 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .conventions import DPO_LOSS_TYPES, DPOLossType
-from .dispatch import Knobs, LossOutput, OneSidedKnobs, UnsmoothedKnobs, pair_loss
+from .dispatch import (
+    Knobs,
+    LossOutput,
+    OneSidedKnobs,
+    OwnErrorKnobs,
+    UnsmoothedKnobs,
+    pair_loss,
+)
 from .pairs import Halves, Scalar
 
 
@@ -367,7 +374,7 @@ def npo_loss(
     ref_mse: Halves | None = None,
     beta: Scalar = 2000.0,
     loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid",
-    **knobs: Unpack[Knobs],
+    **knobs: Unpack[OwnErrorKnobs],
 ) -> LossOutput:
     """Diffusion-NPO: train a negative model, for the other end of guidance, by swapping the labels.
 
@@ -581,7 +588,7 @@ def self_npo_loss(
     *,
     paired: bool | None = None,
     huber_c: Scalar | None = 0.001,
-    **knobs: Unpack[Knobs],
+    **knobs: Unpack[OwnErrorKnobs],
 ) -> LossOutput:
     """Self-NPO's regression on self-generated samples, for a negative model: `sft_loss` with
     pseudo-Huber errors.
