@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/ready
-INSTALL := $(VENV)/bin/python -m pip install --quiet --constraint .ci/constraints.txt
+FLOORS := .venv-floors
 
-.PHONY: demo test lint study bench gpu-check gpu-step
+.PHONY: demo test test-floors lint study bench gpu-check gpu-step
 
 demo: $(READY)
 	$(VENV)/bin/python examples/demo.py --output_dir demo
@@ -12,6 +12,15 @@ demo: $(READY)
 # Two at a time, a file each: they keep to one thread (tests/conftest.py).
 test: lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+# The oldest of everything that pyproject.toml takes, on the oldest Python, in an environment of its
+# own: losses, kernels, compiled code, a training run and the demo. It downloads 3 GB.
+test-floors: $(READY)
+	$(VENV)/bin/python -m uv venv --quiet --no-config --clear --python 3.11 $(FLOORS)
+	$(VENV)/bin/python -m uv pip install --quiet --no-config --python $(FLOORS) \
+		--resolution lowest-direct --editable '.[triton,train,test]'
+	$(FLOORS)/bin/python -m pytest tests/test_losses.py tests/test_links.py \
+		tests/test_autograd.py tests/test_train_sdxl.py
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
@@ -40,7 +49,7 @@ gpu-check:
 	mkdir -p $(OUT)
 	$(PYTHON) -m pytest tests/test_gpu.py --junitxml $(OUT)/gpu.xml
 	$(PYTHON) -m pytest tests --ignore tests/test_gpu.py --ignore tests/test_aot.py \
-		--junitxml $(OUT)/suite.xml $$($(PYTHON) -c "import xdist" 2>/dev/null && echo -n 8)
+		--junitxml $(OUT)/suite.xml $$($(PYTHON) -c "import xdist; print('-n 8')" 2>/dev/null)
 	if command -v compute-sanitizer; then for tool in memcheck racecheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 		--log-file $(OUT)/$$tool.log $(PYTHON) -m pytest tests/test_pair_loss.py \
@@ -54,9 +63,8 @@ gpu-step: export PYTHONPATH := .:kernels
 gpu-step:
 	$(PYTHON) benchmarks/bench_step.py --preset gpu --output_dir $(OUT)
 
-# torch comes first, by itself, so that nothing else can pull in another build of it.
 $(READY): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) torch
-	$(INSTALL) --editable '.[triton,train,dev]'
+	$(VENV)/bin/python -m pip install --quiet --constraint .ci/constraints.txt \
+		--editable '.[triton,train,dev]'
 	touch $(READY)

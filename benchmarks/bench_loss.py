@@ -152,7 +152,7 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": __import__("triton").__version__ if triton else "",
         "git": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else ""),
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 

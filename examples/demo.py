@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import startup  # noqa: F401 - before torch
+
+# isort: split
 import argparse
 import time
 import warnings

@@ -7,6 +7,9 @@
 
 from __future__ import annotations
 
+import startup  # noqa: F401 - before torch
+
+# isort: split
 import argparse
 import json
 from pathlib import Path

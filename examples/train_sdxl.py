@@ -11,6 +11,9 @@ the pair's index, so a run does not depend on workers, batch layout, or having b
 
 from __future__ import annotations
 
+import startup  # noqa: F401 - before torch
+
+# isort: split
 import argparse
 import copy
 import functools

@@ -31,7 +31,7 @@ NEEDS = {
     ),
     "test_readme.py": ("diffusers",),
     "test_mismatch_study.py": ("sklearn", "matplotlib", "tqdm"),
-    "test_packaging.py": ("kernels", "diffusers", "build"),
+    "test_packaging.py": ("kernels", "diffusers", "build", "packaging", "uv"),
 }  # fmt: skip
 
 

@@ -6,17 +6,28 @@ import ast
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from uv import find_uv_bin
 
 import fastpref
 
 ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT: dict[str, Any] = PYPROJECT["project"]
+CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
+PYTHONS = [c.split(" :: ")[-1] for c in PROJECT["classifiers"] if ":: Python ::" in c]
 KERNELS = ROOT / "kernels" / "fastpref_kernels"
 SITE = Path(sysconfig.get_paths()["purelib"])
 
@@ -210,7 +221,140 @@ def copy(folder: Path) -> Path:
 def test_extras_and_version() -> None:
     assert importlib.metadata.version("fastpref") == fastpref.__version__
     requires = importlib.metadata.requires("fastpref") or []
-    assert [r for r in requires if "extra" not in r] == ["torch>=2.6"]
+    assert [r for r in requires if "extra" not in r] == PROJECT["dependencies"]
     extras = set(importlib.metadata.metadata("fastpref").get_all("Provides-Extra") or [])
-    assert extras == {"triton", "train", "dev"}
+    assert extras == {"triton", "train", "test", "dev"}
     assert (ROOT / "fastpref" / "py.typed").exists()
+
+
+def test_the_pythons_that_are_named_are_those_that_are_taken() -> None:
+    """The oldest of the classifiers is the floor, and `make test-floors` runs on that one."""
+    takes = SpecifierSet(PROJECT["requires-python"])
+    minors = [int(re.fullmatch(r"3\.(\d+)", python)[1]) for python in PYTHONS]  # type: ignore[index]
+    assert minors == list(range(minors[0], minors[-1] + 1))
+    assert all(python in takes for python in PYTHONS)
+    assert f"3.{minors[0] - 1}" not in takes
+    assert f"--python 3.{minors[0]} " in (ROOT / "Makefile").read_text()
+    assert importlib.metadata.metadata("fastpref")["Requires-Python"] == PROJECT["requires-python"]
+
+
+def test_constraints_pin_what_pyproject_names() -> None:
+    extras = PROJECT["optional-dependencies"].values()
+    named = [PYPROJECT["build-system"]["requires"], PROJECT["dependencies"], *extras]
+    pins = {
+        canonicalize_name(pin.name): pin.specifier
+        for pin in map(Requirement, CONSTRAINTS.read_text().split())
+    }
+    for requirement in (Requirement(text) for texts in named for text in texts):
+        if requirement.name == "fastpref":
+            continue
+        (pin,) = pins[canonicalize_name(requirement.name)]
+        assert pin.operator == "==", requirement.name
+        assert pin.version in requirement.specifier, f"{requirement} is pinned to {pin.version}"
+
+
+def resolve(*options: str, given: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Which versions uv would install from the package index alone, without folders of wheels."""
+    kept = "UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_CACHE_DIR", "UV_NATIVE_TLS", "UV_SYSTEM_CERTS"
+    env = {n: v for n, v in os.environ.items() if n in kept or not n.startswith(("UV_", "PIP_"))}
+    command = [find_uv_bin(), "pip", "compile", "--no-config", "--no-header"]
+    source = "-" if given else "pyproject.toml"
+    return subprocess.run(
+        [*command, "--no-annotate", "--only-binary", ":all:", *options, source],
+        cwd=ROOT, input=given, env=env | {"MACOSX_DEPLOYMENT_TARGET": "14.0"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def assert_resolves(*options: str) -> dict[str, str]:
+    """The versions found. Skips only where the index gives nothing at all, and never in CI."""
+    result = resolve(*options)
+    if result.returncode and "CI" not in os.environ:
+        probe = resolve("--no-deps", given="packaging")
+        if probe.returncode:
+            pytest.skip(f"the package index cannot be reached: {probe.stderr.strip()[-300:]}")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.split()
+    return dict(line.split("==") for line in lines if "==" in line)
+
+
+PLATFORMS = ["x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu", "aarch64-apple-darwin",
+             "x86_64-pc-windows-msvc"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("python", "platform"),
+    [*((python, PLATFORMS[0]) for python in PYTHONS), *((PYTHONS[0], p) for p in PLATFORMS[1:])],
+)
+def test_the_constraints_resolve(python: str, platform: str) -> None:
+    """`make` would find a wheel of everything, and Triton on Linux: all Pythons and platforms."""
+    where = ("--python-version", python, "--python-platform", platform)
+    versions = assert_resolves(*where, "--constraint", str(CONSTRAINTS), "--all-extras")
+    assert ("triton" in versions) == ("linux" in platform)
+
+
+def test_the_floors_resolve_to_themselves() -> None:
+    """`make test-floors` installs the floors that are written, none that was raised silently."""
+    names = ("triton", "train", "test")
+    floors = [Requirement(text) for text in PROJECT["dependencies"]]
+    floors += [
+        Requirement(text) for name in names for text in PROJECT["optional-dependencies"][name]
+    ]
+    extras = [word for name in names for word in ("--extra", name)]
+    platform = ("--python-version", PYTHONS[0], "--python-platform", PLATFORMS[0])
+    versions = assert_resolves(*platform, *extras, "--resolution", "lowest-direct")
+    for floor in floors:
+        (least,) = floor.specifier
+        assert least.operator == ">="
+        found = versions[canonicalize_name(floor.name)]
+        assert f"{found}.".startswith(f"{least.version}."), f"{floor} resolves to {found}"
+
+
+OLD = """
+import importlib.metadata, runpy, sys
+real = importlib.metadata.version
+importlib.metadata.version = lambda name: {versions!r}.get(name) or real(name)
+sys.argv = [{entry!r}, "--help"]
+sys.path.insert(0, "examples")
+try:
+    runpy.run_path("examples/" + {entry!r}, run_name="__main__")
+except SystemExit as stop:
+    print(stop.code)
+print("torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("entry", ["demo.py", "train_sdxl.py", "generate.py"])
+def test_an_old_version_is_named_before_anything_is_imported(entry: str) -> None:
+    versions = {"transformers": "4.57.6", "peft": "0.14.0", "torch": "2.14.0.dev20260901+cu130"}
+    message, imported = python(OLD.format(versions=versions, entry=entry)).splitlines()
+    needed = {Requirement(text).name: text for text in PROJECT["optional-dependencies"]["train"]}
+    assert f"{needed['transformers']} (4.57.6 is installed)" in message
+    assert f"{needed['peft']} (0.14.0 is installed)" in message
+    assert "torch" not in message  # a nightly build of a later release
+    assert imported == "False"
+
+
+def test_an_old_python_is_named() -> None:
+    script = """
+import sys
+sys.version_info, sys.version = (3, 10, 13), "3.10.13 (main)"
+sys.path.insert(0, "examples")
+try:
+    import startup
+except SystemExit as stop:
+    print(stop.code)
+"""
+    floor = PROJECT["requires-python"]
+    assert python(script) == f"Python {floor.replace('>=', '>= ')} is needed (3.10.13 runs this)"
+
+
+def test_threads_wait_passively_unless_told_otherwise() -> None:
+    script = """
+import os, sys
+sys.path.insert(0, "examples")
+import startup
+print(os.environ["OMP_WAIT_POLICY"], os.environ.get("OMP_NUM_THREADS"), "torch" in sys.modules)
+"""
+    assert python(script, OMP_WAIT_POLICY="", OMP_NUM_THREADS="") == "PASSIVE None False"
+    assert python(script, OMP_WAIT_POLICY="ACTIVE", OMP_NUM_THREADS="3") == "ACTIVE 3 False"
