@@ -210,6 +210,8 @@ def test_a_loss_gets_the_flags_and_the_columns(
     options |= {k: torch.tensor(v) for k, v in expected.items()}
     if loss in REFERENCED:
         options["ref_pred"] = ref
+    if loss in ("sft", "self_npo"):
+        options["paired"] = True
     wanted = getattr(fastpref, f"{loss}_loss")(pred, target, **options)
     torch.testing.assert_close(out, wanted)
 
@@ -457,13 +459,22 @@ def test_metrics_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
         ({"loss": "dpo", "gamma": 1}, "gamma came, but --loss dpo .* need --loss simpo or smpo"),
         ({"loss": "seppo", "loser_weight": 0.1}, "loser_weight came, but --loss seppo does not"),
         ({"loss": "mapo", "loss_type": "hinge"}, "loss_type came, .* need --loss dpo or npo or"),
-        ({"loss": "dpo", "loss_type": "best"}, "dpo: loss_type is 'best': one of sigmoid, ipo"),
-        ({"loss": "dpo", "loss_type": "exo_pair"}, "dpo: label_smoothing is 0.0: a number in"),
-        ({"beta": -1}, "--loss mapo: beta is -1.0: a finite number above 0 is needed"),
+        (
+            {"loss": "dpo", "loss_type": "best"},
+            "dpo: loss_type is 'best'; expected one of sigmoid, ipo",
+        ),
+        (
+            {"loss": "dpo", "loss_type": "exo_pair"},
+            "dpo: label_smoothing is 0.0; expected a number in",
+        ),
+        ({"beta": -1}, "--loss mapo: beta is -1.0; expected a finite number above 0"),
         ({"loss": "smpo"}, "--loss smpo needs --score_columns"),
         ({"loss": "dpo", **SCORES}, "score_columns came, but --loss dpo .* --loss capo or smpo"),
         ({"loss": "capo", **SCORES, "score_range": (0, 1)}, "score_range came, but --loss capo"),
-        ({"loss": "smpo", **SCORES, "score_range": (1, 0)}, "high is 0.0 and low 1.0: high above"),
+        (
+            {"loss": "smpo", **SCORES, "score_range": (1, 0)},
+            "high is 0.0 and low is 1.0; expected high above",
+        ),
         ({"loss": "dpo", "sign_column": "sign"}, "sign_column came, but --loss dpo .* seppo"),
         ({"loss": "capo", "score_columns": ("score_0", "nowhere")}, r"missing \['nowhere'\]"),
         ({"loser_caption_column": "nowhere"}, r"missing \['nowhere'\]"),
