@@ -461,11 +461,11 @@ def test_metrics_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
         ({"loss": "mapo", "loss_type": "hinge"}, "loss_type came, .* need --loss dpo or npo or"),
         (
             {"loss": "dpo", "loss_type": "best"},
-            "dpo: loss_type is 'best'; expected one of sigmoid, ipo",
+            "loss_type is 'best'; expected one of sigmoid, ipo",
         ),
         (
             {"loss": "dpo", "loss_type": "exo_pair"},
-            "dpo: label_smoothing is 0.0; expected a number in",
+            "dpo: label_smoothing is 0.0; expected a number",
         ),
         ({"beta": -1}, "--loss mapo: beta is -1.0; expected a finite number above 0"),
         ({"loss": "smpo"}, "--loss smpo needs --score_columns"),
@@ -473,7 +473,7 @@ def test_metrics_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
         ({"loss": "capo", **SCORES, "score_range": (0, 1)}, "score_range came, but --loss capo"),
         (
             {"loss": "smpo", **SCORES, "score_range": (1, 0)},
-            "high is 0.0 and low is 1.0; expected high above",
+            "high is 0.0 and low is 1.0; expected",
         ),
         ({"loss": "dpo", "sign_column": "sign"}, "sign_column came, but --loss dpo .* seppo"),
         ({"loss": "capo", "score_columns": ("score_0", "nowhere")}, r"missing \['nowhere'\]"),
