@@ -1,7 +1,8 @@
 """Compiles the kernels ahead of time, exactly as a launch would, for GPUs that need not be there.
 
-As a script it prints a JSON row for each kernel: `python tests/aot.py [TARGET ...]`. In the process
-that compiles, TRITON_INTERPRET must not be set.
+As a script it prints a JSON row for each kernel: `python tests/aot.py [TARGET ...]`. A kernel that
+does not compile has an "error" in its row. In the process that compiles, TRITON_INTERPRET must not
+be set.
 """
 
 from __future__ import annotations
@@ -84,13 +85,17 @@ def specialized(recorder: Recorder, target: GPUTarget) -> tuple[Any, Any, Any, A
 
 def compiled(recorder: Recorder, name: str) -> dict[str, Any]:
     """What the compiler made of the recorded launch: registers per thread, bytes spilled, and how
-    many instructions load and store how many bytes at a time."""
+    many instructions load and store how many bytes at a time; or else its error."""
     target = TARGETS[name]
     signature, constexprs, attrs, options = specialized(recorder, target)
+    row = {"triton": triton.__version__, "kernel": recorder.kernel.__name__, "target": name}
     source = ASTSource(recorder.kernel, signature, constexprs, attrs)
-    binary = triton.compile(source, target=target, options=options.__dict__)
+    try:
+        binary = triton.compile(source, target=target, options=options.__dict__)
+    except Exception as error:  # a compiler raises what it likes
+        return row | {"error": f"{type(error).__name__}: {error}"}
     read = _amd if target.backend == "hip" else _nvidia
-    return {"kernel": recorder.kernel.__name__, "target": name, **read(binary.asm)}
+    return row | read(binary.asm)
 
 
 def _nvidia(asm: Any) -> dict[str, Any]:

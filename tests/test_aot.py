@@ -38,6 +38,8 @@ def case(row: dict[str, Any]) -> str:
 
 
 def test_every_link_and_target_compiles(rows: list[dict[str, Any]]) -> None:
+    failed = [f"{case(row)}: {row['error']}" for row in rows if "error" in row]
+    assert not failed, "\n".join(failed)
     forward = {(row["link"], row["target"]) for row in rows if row["kernel"] == "pair_fwd"}
     assert forward == {(link, target) for link in LINKS for target in TARGETS}
     backward = {row["target"] for row in rows if row["kernel"] == "pair_bwd"}
