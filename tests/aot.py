@@ -40,6 +40,9 @@ TARGETS = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+OPTIONS = launch._options  # of a plan, pointers and a target
+
+
 class Recorder:
     """Stands in for a jit kernel: a launch writes its arguments down instead of running."""
 
@@ -55,11 +58,17 @@ class Recorder:
 def recorded() -> Iterator[tuple[Recorder, Recorder]]:
     """Forward and backward kernel, replaced by recorders."""
     fwd, bwd = Recorder(pair.pair_fwd), Recorder(pair.pair_bwd)
-    pair.pair_fwd, pair.pair_bwd = fwd, bwd
-    try:
+
+    def noted(plan: Any, pointers: Any, target: None) -> dict[str, Any]:
+        return {"plan": plan, "pointers": pointers}  # `specialized` makes options of these
+
+    with (
+        mock.patch.object(pair, "pair_fwd", fwd),
+        mock.patch.object(pair, "pair_bwd", bwd),
+        mock.patch.object(launch, "_options", noted),
+        mock.patch.object(launch, "_target", return_value=None),
+    ):
         yield fwd, bwd
-    finally:
-        pair.pair_fwd, pair.pair_bwd = fwd.kernel, bwd.kernel
 
 
 @contextlib.contextmanager
@@ -75,7 +84,7 @@ def unplanned() -> Iterator[None]:
 def specialized(recorder: Recorder, target: GPUTarget) -> tuple[Any, Any, Any, Any]:
     """(signature, constexprs, attributes, options) that the jit would compile the launch with."""
     kernel, (_, args, kwargs) = recorder.kernel, recorder.calls[-1]
-    kwargs = kwargs | {"num_warps": launch.THREADS // target.warp_size}
+    kwargs = OPTIONS(**kwargs, target=target)
     backend = make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, _ = bind(*args, **kwargs)
@@ -89,6 +98,7 @@ def compiled(recorder: Recorder, name: str) -> dict[str, Any]:
     target = TARGETS[name]
     signature, constexprs, attrs, options = specialized(recorder, target)
     row = {"triton": triton.__version__, "kernel": recorder.kernel.__name__, "target": name}
+    row["threads"] = options.num_warps * target.warp_size
     source = ASTSource(recorder.kernel, signature, constexprs, attrs)
     try:
         binary = triton.compile(source, target=target, options=options.__dict__)
@@ -290,7 +300,8 @@ def signatures() -> tuple[int, int]:
         plans.append(plan)  # as long as it lives, its id is its own
         key = (id(plan), *launch._signature(device, (*pointers, *tensors), strides))
         ticket = (torch.zeros(1, dtype=torch.int32),) * plan.ticket
-        kernel[plan.grid](*pointers, *ticket, *numbers, *plan.arguments)
+        options = {"plan": plan, "pointers": pointers}
+        kernel[plan.grid](*pointers, *ticket, *numbers, *plan.arguments, **options)
         made = str(specialized(kernel, TARGETS["sm_90"]))
         assert seen.setdefault(key, made) == made, (key, seen[key], made)
 

@@ -74,8 +74,9 @@ def _scalar(value, tensor, stride, pair, inside):
 
 @triton.jit
 def _huber(huber):
-    """The constant c of pseudo-Huber errors, from (value, 0-d tensor or None)."""
-    if huber[1] is None:
+    """The constant c of pseudo-Huber errors, from (value,) or (0.0, 0-d tensor); None instead of
+    the tensor is more than the jit of Triton 3.6 takes."""
+    if len(huber) == 1:
         return tl.full([], huber[0], tl.float32)
     else:
         return tl.load(huber[1]).to(tl.float32)
@@ -230,11 +231,11 @@ def pair_fwd(
     values, tensors, strides: of the scalars, hyper-parameters and then knobs.
     """
     HUBER: tl.constexpr = len(huber) > 0
-    # what a thread loads at once of the narrowest operand, and so holds side by side of all
+    # what a thread loads at once of the widest operand: `launch._threads` has as many as that takes
     PRED_BITS: tl.constexpr = pred_w.dtype.element_ty.primitive_bitwidth
     TARGET_BITS: tl.constexpr = target_w.dtype.element_ty.primitive_bitwidth
-    NARROW: tl.constexpr = PRED_BITS < 32 or TARGET_BITS < 32
-    VECTOR: tl.constexpr = 8 if NARROW and len(sizes) == 0 else 4
+    NARROW: tl.constexpr = PRED_BITS < 32 and TARGET_BITS < 32
+    VECTOR: tl.constexpr = 8 if NARROW else 4
     PAIRED: tl.constexpr = REF is not None and not REF_ERRORS  # a reference of as many elements
     pair = tl.program_id(0) // n_programs
     part = tl.program_id(0) % n_programs
