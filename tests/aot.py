@@ -93,8 +93,9 @@ def specialized(recorder: Recorder, target: GPUTarget) -> tuple[Any, Any, Any, A
 
 
 def compiled(recorder: Recorder, name: str) -> dict[str, Any]:
-    """What the compiler made of the recorded launch: registers per thread, bytes spilled, and how
-    many instructions load and store how many bytes at a time; or else its error."""
+    """What the compiler made of the recorded launch: registers per thread, bytes spilled, how many
+    instructions load and store how many bytes at a time, and on NVIDIA the order of loads (L),
+    stores (S) and barriers (B); or else its error."""
     target = TARGETS[name]
     signature, constexprs, attrs, options = specialized(recorder, target)
     row = {"triton": triton.__version__, "kernel": recorder.kernel.__name__, "target": name}
@@ -121,12 +122,14 @@ def _nvidia(asm: Any) -> dict[str, Any]:
         found = re.findall(rf"\b{op}\.global(?:[.:\w]*?)(?:\.v(\d))?\.b(\d+)\b", asm["ptx"])
         return Counter(int(vector or 1) * int(bits) // 8 for vector, bits in found)
 
+    order = re.finditer(r"\b(ld\.global)|\b(st\.global)|\b(bar\.sync)", asm["ptx"])
     return {
         "registers": used["REG"],
         "spilled": used["STACK"] + used["LOCAL"],
         "parked": 0,
         "loads": widths("ld"),
         "stores": widths("st"),
+        "order": "".join("LSB"[match.lastindex - 1] for match in order if match.lastindex),
     }
 
 

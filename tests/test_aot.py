@@ -90,6 +90,15 @@ def test_elements_move_in_vectors(rows: list[dict[str, Any]]) -> None:
             assert row["stores"] == accesses(row, pred, pred), case(row)
 
 
+def test_backward_loads_before_it_stores(rows: list[dict[str, Any]]) -> None:
+    """Everything that it reads of a block at once, and nothing passes from thread to thread."""
+    backward = [row for row in rows if row["kernel"] == "pair_bwd" and "order" in row]
+    assert {row["target"] for row in backward} == {"sm_80", "sm_90", "sm_100"}
+    for row in backward:
+        assert "SL" not in row["order"], case(row)
+        assert "B" not in row["order"], case(row)
+
+
 def test_other_layouts_load_each_element_once(rows: list[dict[str, Any]]) -> None:
     strided = [row for row in rows if row["layout"] == "channels_last"]
     strided = [row for row in strided if row["kernel"] == "pair_fwd"]

@@ -344,25 +344,31 @@ def pair_bwd(
     for block in range(part, (n_elements - 1) // BLOCK + 1, n_programs):  # n + BLOCK may overflow
         start = tl.full([], block, tl.int64 if WIDE else tl.int32) * BLOCK
         inside = start + lane < n_elements
-        goal = _load(row_target_w, start, lane, inside, sizes, target_strides[0])
-        weight = None
+        # all loads before the first store, so that the memory answers them together
+        goal_w = _load(row_target_w, start, lane, inside, sizes, target_strides[0])
+        goal_l = goal_w
+        weight_w = None
+        weight_l = None
         if MASK is not None:
             row = _start(mask_w, _row_w(pair, n_pairs, MASK), mask_strides[0], n_elements)
-            weight = _load(row, start, lane, inside, sizes, mask_strides[0])
+            weight_w = _load(row, start, lane, inside, sizes, mask_strides[0])
+            weight_l = weight_w
         if grad_w is not None:
             row = _start(pred_w, _row_w(pair, n_pairs, PRED), pred_strides[0], n_elements)
-            diff = _load(row, start, lane, inside, sizes, pred_strides[0]) - goal
-            row = _start(grad_w, _row_w(pair, n_pairs, PRED), grad_strides[0], n_elements)
-            value = _slope(diff, scale_w, weight, c, HUBER)
-            _store(row, start, lane, inside, sizes, grad_strides[0], value)
+            of_w = _load(row, start, lane, inside, sizes, pred_strides[0])
         if grad_l is not None:
             if TARGET != "shared":
-                goal = _load(row_target_l, start, lane, inside, sizes, target_strides[1])
+                goal_l = _load(row_target_l, start, lane, inside, sizes, target_strides[1])
             if MASK is not None and MASK != "shared":
                 row = _start(mask_l, _row_l(pair, n_pairs, MASK), mask_strides[1], n_elements)
-                weight = _load(row, start, lane, inside, sizes, mask_strides[1])
+                weight_l = _load(row, start, lane, inside, sizes, mask_strides[1])
             row = _start(pred_l, _row_l(pair, n_pairs, PRED), pred_strides[1], n_elements)
-            diff = _load(row, start, lane, inside, sizes, pred_strides[1]) - goal
+            of_l = _load(row, start, lane, inside, sizes, pred_strides[1])
+        if grad_w is not None:
+            row = _start(grad_w, _row_w(pair, n_pairs, PRED), grad_strides[0], n_elements)
+            value = _slope(of_w - goal_w, scale_w, weight_w, c, HUBER)
+            _store(row, start, lane, inside, sizes, grad_strides[0], value)
+        if grad_l is not None:
             row = _start(grad_l, _row_l(pair, n_pairs, PRED), grad_strides[1], n_elements)
-            value = _slope(diff, scale_l, weight, c, HUBER)
+            value = _slope(of_l - goal_l, scale_l, weight_l, c, HUBER)
             _store(row, start, lane, inside, sizes, grad_strides[1], value)
