@@ -109,13 +109,16 @@ def _together(values, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _sum_parts(partials, pair, n_pairs, n_programs, PAIRS: tl.constexpr, PARTS: tl.constexpr):
-    """Sums of some pairs, added in an order that does not depend on who came first."""
+def _sum_parts(
+    partials, kind, pair, n_pairs, n_programs, PAIRS: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """Sums of one kind of some pairs, added in an order that does not depend on who came first."""
+    row = (kind * n_pairs + pair) * n_programs  # 32 bits: a pointer for each kind costs registers
     total = tl.zeros([PAIRS, PARTS], tl.float32)
     for first in range(0, n_programs, PARTS):
         part = first + tl.arange(0, PARTS)
         inside = (pair < n_pairs)[:, None] & (part < n_programs)[None, :]
-        pointers = partials + pair[:, None] * n_programs + part[None, :]
+        pointers = partials + (row[:, None] + part[None, :])
         # .cg: other programs wrote these during this launch; this processor's L1 may be stale
         total += tl.load(pointers, mask=inside, other=0.0, cache_modifier=".cg")
     return tl.sum(total, axis=1)
@@ -140,7 +143,6 @@ def _finish(
     PAIRS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Errors -> link -> loss for all pairs, by the one program that arrived last."""
-    parts = n_pairs * n_programs  # of each kind of sum
     total = tl.zeros([PAIRS], tl.float32)
     for first in range(0, n_pairs, PAIRS):
         pair = first + tl.arange(0, PAIRS)
@@ -151,13 +153,13 @@ def _finish(
             size_w = tl.full([PAIRS], 1.0, tl.float32)
             size_l = size_w
         elif MASK is not None:
-            counts = partials + (2 if REF is None or REF_ERRORS else 6) * parts
-            size_w = _sum_parts(counts, pair, n_pairs, n_programs, PAIRS, PARTS)
+            counts = 2 if REF is None or REF_ERRORS else 6
+            size_w = _sum_parts(partials, counts, pair, n_pairs, n_programs, PAIRS, PARTS)
             size_l = size_w
             if MASK != "shared":
-                size_l = _sum_parts(counts + parts, pair, n_pairs, n_programs, PAIRS, PARTS)
-        sum_w = _sum_parts(partials, pair, n_pairs, n_programs, PAIRS, PARTS)
-        sum_l = _sum_parts(partials + parts, pair, n_pairs, n_programs, PAIRS, PARTS)
+                size_l = _sum_parts(partials, counts + 1, pair, n_pairs, n_programs, PAIRS, PARTS)
+        sum_w = _sum_parts(partials, 0, pair, n_pairs, n_programs, PAIRS, PARTS)
+        sum_l = _sum_parts(partials, 1, pair, n_pairs, n_programs, PAIRS, PARTS)
         err_w, err_l = _mean(sum_w, size_w, True), _mean(sum_l, size_l, True)
         gap_w, gap_l = err_w, err_l
         if REF is not None:
@@ -166,15 +168,13 @@ def _finish(
                 gap_w -= _scalar(0.0, ref_w, ref_strides[0][0], row_w, inside)
                 gap_l -= _scalar(0.0, ref_l, ref_strides[1][0], row_l, inside)
             else:
-                gaps = partials + 2 * parts
-                sum_w = _sum_parts(gaps, pair, n_pairs, n_programs, PAIRS, PARTS)
-                sum_l = _sum_parts(gaps + parts, pair, n_pairs, n_programs, PAIRS, PARTS)
+                sum_w = _sum_parts(partials, 2, pair, n_pairs, n_programs, PAIRS, PARTS)
+                sum_l = _sum_parts(partials, 3, pair, n_pairs, n_programs, PAIRS, PARTS)
                 gap_w, gap_l = _mean(sum_w, size_w), _mean(sum_l, size_l)
-                refs = partials + 4 * parts
-                sum_w = _sum_parts(refs, pair, n_pairs, n_programs, PAIRS, PARTS)
-                sum_l = _sum_parts(refs + parts, pair, n_pairs, n_programs, PAIRS, PARTS)
-                tl.store(stats + 5 * n_pairs + pair, _mean(sum_w, size_w), mask=inside)
-                tl.store(stats + 6 * n_pairs + pair, _mean(sum_l, size_l), mask=inside)
+                sum_w = _sum_parts(partials, 4, pair, n_pairs, n_programs, PAIRS, PARTS)
+                sum_l = _sum_parts(partials, 5, pair, n_pairs, n_programs, PAIRS, PARTS)
+                tl.store(stats + (5 * n_pairs + pair), _mean(sum_w, size_w), mask=inside)
+                tl.store(stats + (6 * n_pairs + pair), _mean(sum_l, size_l), mask=inside)
         of_score, of_shape, knobs = (), (), ()
         for i in tl.static_range(len(values)):
             scalar = _scalar(values[i], tensors[i], strides[i], pair, inside)
@@ -191,10 +191,10 @@ def _finish(
         scale = pair_scale if HUBER else 2.0 * pair_scale
         slope_w, slope_l = _mean(slope_w * scale, size_w), _mean(slope_l * scale, size_l)
         tl.store(stats + pair, err_w, mask=inside)
-        tl.store(stats + n_pairs + pair, err_l, mask=inside)
-        tl.store(stats + 2 * n_pairs + pair, margin, mask=inside)
-        tl.store(stats + 3 * n_pairs + pair, slope_w, mask=inside)
-        tl.store(stats + 4 * n_pairs + pair, slope_l, mask=inside)
+        tl.store(stats + (n_pairs + pair), err_l, mask=inside)
+        tl.store(stats + (2 * n_pairs + pair), margin, mask=inside)
+        tl.store(stats + (3 * n_pairs + pair), slope_w, mask=inside)
+        tl.store(stats + (4 * n_pairs + pair), slope_l, mask=inside)
         if REDUCE:
             total += tl.where(inside, value, 0.0)
         else:
