@@ -104,7 +104,8 @@ def main() -> None:
             for call in launches(link):
                 kernel, plan, _, pointers, numbers, *_ = call
                 arguments = (*pointers, *[ticket] * plan.ticket, *numbers, *plan.arguments)
-                by_jit = partial(kernel[plan.grid], *arguments, num_warps=launch.NUM_WARPS)
+                options = launch._options(plan, pointers, DRIVER.get_current_target())
+                by_jit = partial(kernel[plan.grid], *arguments, **options)
                 row = {"link": link, "kernel": kernel.__name__, "jit_us": microseconds(by_jit)}
                 row["fastpref_us"] = microseconds(partial(launch._launch, *call))
                 assert plan.launchers

@@ -1,7 +1,8 @@
 """Compiles the kernels ahead of time, exactly as a launch would, for GPUs that need not be there.
 
-As a script it prints a JSON row for each kernel: `python tests/aot.py [TARGET ...]`. In the process
-that compiles, TRITON_INTERPRET must not be set.
+As a script it prints a JSON row for each kernel: `python tests/aot.py [TARGET ...]`. A kernel that
+does not compile has an "error" in its row. In the process that compiles, TRITON_INTERPRET must not
+be set.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ TARGETS = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+OPTIONS = launch._options  # of a plan, pointers and a target
+
+
 class Recorder:
     """Stands in for a jit kernel: a launch writes its arguments down instead of running."""
 
@@ -54,11 +58,17 @@ class Recorder:
 def recorded() -> Iterator[tuple[Recorder, Recorder]]:
     """Forward and backward kernel, replaced by recorders."""
     fwd, bwd = Recorder(pair.pair_fwd), Recorder(pair.pair_bwd)
-    pair.pair_fwd, pair.pair_bwd = fwd, bwd
-    try:
+
+    def noted(plan: Any, pointers: Any, target: None) -> dict[str, Any]:
+        return {"plan": plan, "pointers": pointers}  # `specialized` makes options of these
+
+    with (
+        mock.patch.object(pair, "pair_fwd", fwd),
+        mock.patch.object(pair, "pair_bwd", bwd),
+        mock.patch.object(launch, "_options", noted),
+        mock.patch.object(launch, "_target", return_value=None),
+    ):
         yield fwd, bwd
-    finally:
-        pair.pair_fwd, pair.pair_bwd = fwd.kernel, bwd.kernel
 
 
 @contextlib.contextmanager
@@ -74,7 +84,7 @@ def unplanned() -> Iterator[None]:
 def specialized(recorder: Recorder, target: GPUTarget) -> tuple[Any, Any, Any, Any]:
     """(signature, constexprs, attributes, options) that the jit would compile the launch with."""
     kernel, (_, args, kwargs) = recorder.kernel, recorder.calls[-1]
-    kwargs = kwargs | {"num_warps": launch.THREADS // target.warp_size}
+    kwargs = OPTIONS(**kwargs, target=target)
     backend = make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, _ = bind(*args, **kwargs)
@@ -83,14 +93,20 @@ def specialized(recorder: Recorder, target: GPUTarget) -> tuple[Any, Any, Any, A
 
 
 def compiled(recorder: Recorder, name: str) -> dict[str, Any]:
-    """What the compiler made of the recorded launch: registers per thread, bytes spilled, and how
-    many instructions load and store how many bytes at a time."""
+    """What the compiler made of the recorded launch: registers per thread, bytes spilled, how many
+    instructions load and store how many bytes at a time, and on NVIDIA the order of loads (L),
+    stores (S) and barriers (B); or else its error."""
     target = TARGETS[name]
     signature, constexprs, attrs, options = specialized(recorder, target)
+    row = {"triton": triton.__version__, "kernel": recorder.kernel.__name__, "target": name}
+    row["threads"] = options.num_warps * target.warp_size
     source = ASTSource(recorder.kernel, signature, constexprs, attrs)
-    binary = triton.compile(source, target=target, options=options.__dict__)
+    try:
+        binary = triton.compile(source, target=target, options=options.__dict__)
+    except Exception as error:  # a compiler raises what it likes
+        return row | {"error": f"{type(error).__name__}: {error}"}
     read = _amd if target.backend == "hip" else _nvidia
-    return {"kernel": recorder.kernel.__name__, "target": name, **read(binary.asm)}
+    return row | read(binary.asm)
 
 
 def _nvidia(asm: Any) -> dict[str, Any]:
@@ -106,12 +122,14 @@ def _nvidia(asm: Any) -> dict[str, Any]:
         found = re.findall(rf"\b{op}\.global(?:[.:\w]*?)(?:\.v(\d))?\.b(\d+)\b", asm["ptx"])
         return Counter(int(vector or 1) * int(bits) // 8 for vector, bits in found)
 
+    order = re.finditer(r"\b(ld\.global)|\b(st\.global)|\b(bar\.sync)", asm["ptx"])
     return {
         "registers": used["REG"],
         "spilled": used["STACK"] + used["LOCAL"],
         "parked": 0,
         "loads": widths("ld"),
         "stores": widths("st"),
+        "order": "".join("LSB"[match.lastindex - 1] for match in order if match.lastindex),
     }
 
 
@@ -285,7 +303,8 @@ def signatures() -> tuple[int, int]:
         plans.append(plan)  # as long as it lives, its id is its own
         key = (id(plan), *launch._signature(device, (*pointers, *tensors), strides))
         ticket = (torch.zeros(1, dtype=torch.int32),) * plan.ticket
-        kernel[plan.grid](*pointers, *ticket, *numbers, *plan.arguments)
+        options = {"plan": plan, "pointers": pointers}
+        kernel[plan.grid](*pointers, *ticket, *numbers, *plan.arguments, **options)
         made = str(specialized(kernel, TARGETS["sm_90"]))
         assert seen.setdefault(key, made) == made, (key, seen[key], made)
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from fastpref_kernels import LINKS, launch
 
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "bool": 1}
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +28,14 @@ def rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def vectors(operands: dict[str, int]) -> int:
-    """16-byte accesses a thread needs for its share of one block of each operand."""
-    per_thread = launch.BLOCK // launch.THREADS
-    return sum(count * per_thread * BYTES[dtype] // 16 for dtype, count in operands.items())
+def accesses(row: dict[str, Any], *dtypes: str) -> Counter[str]:
+    """How many accesses of how many bytes a thread needs for its share of one block of each
+    operand, if they are as wide as can be."""
+    found: Counter[str] = Counter()
+    for dtype in dtypes:
+        share = launch.BLOCK // row["threads"] * BYTES[dtype]
+        found[str(min(share, 16))] += max(share // 16, 1)
+    return found
 
 
 def case(row: dict[str, Any]) -> str:
@@ -38,6 +43,8 @@ def case(row: dict[str, Any]) -> str:
 
 
 def test_every_link_and_target_compiles(rows: list[dict[str, Any]]) -> None:
+    failed = [case(row) for row in rows if "error" in row]
+    assert not failed, "\n".join(failed)
     forward = {(row["link"], row["target"]) for row in rows if row["kernel"] == "pair_fwd"}
     assert forward == {(link, target) for link in LINKS for target in TARGETS}
     backward = {row["target"] for row in rows if row["kernel"] == "pair_bwd"}
@@ -58,33 +65,46 @@ def partial_sums(row: dict[str, Any]) -> int:
     program."""
     paired = LINKS[row["link"]].score.needs_ref and row["ref"] != "errors"
     kinds = (6 if paired else 2) + (1 if row["mask"] else 0)
-    return kinds * launch.PAIRS * launch.PARTS // launch.THREADS
+    return kinds * max(launch.PAIRS * launch.PARTS // row["threads"], 1)
 
 
-def test_elements_move_in_16_byte_vectors(rows: list[dict[str, Any]]) -> None:
-    """As many 16-byte accesses as a block has bytes, and narrow ones for scalars alone."""
+def test_elements_move_in_vectors(rows: list[dict[str, Any]]) -> None:
+    """A thread has one vector of each operand, 16 bytes of the widest, and narrow accesses are for
+    scalars alone."""
     for row in (row for row in rows if row["layout"] != "channels_last"):
-        needed = vectors({row["pred"]: 2}) + vectors({row["of_target"]: 2 - row["shared"]})
-        if row["kernel"] == "pair_fwd" and LINKS[row["link"]].score.needs_ref:
-            needed += 0 if row["ref"] == "errors" else vectors({row["ref"] or row["pred"]: 2})
-        assert row["loads"].get("16") == needed, case(row)
-        narrow = {width: n for width, n in row["loads"].items() if width != "16"}
-        assert narrow.pop("8", 0) == (1 if row["mask"] else 0), case(row)  # 8 bools
+        pred, target, ref = row["pred"], row["of_target"], row["ref"] or row["pred"]
+        assert set(accesses(row, pred, target).values()) <= {1, 2}, case(row)
+        assert "16" in accesses(row, pred, target), case(row)
+        needed = accesses(row, pred, pred, *[target] * (2 - row["shared"]))
+        needed += accesses(row, *[row["mask"]] * bool(row["mask"]))
         if row["kernel"] == "pair_fwd":
-            assert "16" not in row["stores"], case(row)
-            if row["knobs"] != "tensors" and row["ref"] != "errors":
-                assert narrow == {"4": partial_sums(row)}, case(row)
+            if LINKS[row["link"]].score.needs_ref and ref != "errors":
+                needed += accesses(row, ref, ref)
+            needed["4"] += partial_sums(row)
+            if row["knobs"] == "tensors" or ref == "errors":  # and scalars
+                needed["4"] = row["loads"]["4"]
+            assert row["loads"] == needed, case(row)
+            assert not {"8", "16"} & row["stores"].keys(), case(row)
         else:  # grad_loss and two factors; scalar loads on gfx942
-            assert narrow in ({"4": 3}, {}), case(row)
-            assert row["stores"] == {"16": vectors({row["pred"]: 2})}, case(row)
+            assert row["loads"] in (needed, needed + Counter({"4": 3})), case(row)
+            assert row["stores"] == accesses(row, pred, pred), case(row)
+
+
+def test_backward_loads_before_it_stores(rows: list[dict[str, Any]]) -> None:
+    """Everything that it reads of a block at once, and nothing passes from thread to thread."""
+    backward = [row for row in rows if row["kernel"] == "pair_bwd" and "order" in row]
+    assert {row["target"] for row in backward} == {"sm_80", "sm_90", "sm_100"}
+    for row in backward:
+        assert "SL" not in row["order"], case(row)
+        assert "B" not in row["order"], case(row)
 
 
 def test_other_layouts_load_each_element_once(rows: list[dict[str, Any]]) -> None:
     strided = [row for row in rows if row["layout"] == "channels_last"]
     strided = [row for row in strided if row["kernel"] == "pair_fwd"]
     assert {row["link"] for row in strided} == {"mapo", "dpo_sigmoid"}
-    per_thread = launch.BLOCK // launch.THREADS
     for row in strided:
+        per_thread = launch.BLOCK // row["threads"]
         n_fp32 = 4 if LINKS[row["link"]].score.needs_ref else 2
         assert row["loads"]["2"] == per_thread, case(row)  # bf16 target, shared
         assert row["loads"]["4"] == n_fp32 * per_thread + partial_sums(row), case(row)

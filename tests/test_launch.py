@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
 import fastpref
@@ -180,9 +182,9 @@ def test_a_launch_makes_the_tensors_device_current(monkeypatch: pytest.MonkeyPat
         visited.append(f"ticket of {device.index}")
 
     monkeypatch.setattr(launch, "_ticket", ticket)
-    plan = launch.Plan((1, 1, 1), (), {}, ticket=True)
+    plan = launch.Plan((1, 1, 1), (), {}, scattered=False, ticket=True)
     for index in (0, 1):
-        kernel = {(1, 1, 1): lambda t, i, num_warps: visited.append(f"launch for {i}")}
+        kernel = {(1, 1, 1): lambda t, i, **options: visited.append(f"launch for {i}")}
         launch._launch(kernel, plan, torch.device("cuda", index), (), (index,), ())
     here_then_there = ["ticket of 0", "launch for 0", "to 1", "ticket of 1", "launch for 1", "back"]
     assert visited == here_then_there
@@ -370,6 +372,40 @@ def test_launchers_tell_apart_what_the_jit_does() -> None:
     assert told_apart > compiled > 100
 
 
+@pytest.mark.parametrize(
+    ("pred", "target", "layout", "threads"),
+    [
+        (torch.float32, torch.float32, "dense", 256),
+        (torch.float32, torch.bfloat16, "dense", 256),
+        (torch.bfloat16, torch.float32, "dense", 256),
+        (torch.bfloat16, torch.float16, "dense", 128),
+        (torch.bfloat16, torch.float16, "channels_last", 256),
+    ],
+)
+def test_a_thread_has_one_vector_of_the_widest_operand(
+    pred: torch.dtype, target: torch.dtype, layout: str, threads: int
+) -> None:
+    """Forward and backward, on NVIDIA with a bound for its registers."""
+    asked: list[dict[str, int]] = []
+
+    def note(kernel: Any, plan: Any, device: Any, pointers: Any, *rest: Any) -> None:
+        nvidia = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 120, 32)
+        asked.extend(launch._options(plan, pointers, each) for each in nvidia)
+        amd = launch._options(plan, pointers, GPUTarget("hip", "gfx942", 64))
+        assert amd == {"num_warps": threads // 64}
+
+    preds = (LAYOUTS[layout](torch.zeros(4, 3, 5, 6, dtype=pred)), None)
+    targets = (torch.zeros(2, 3, 5, 6, dtype=target), None)
+    masks = (torch.zeros(2, 1, 5, 6, dtype=torch.bool).expand(2, 3, 5, 6), None)
+    with mock.patch.object(launch, "_launch", note):
+        for mask in (launch.ABSENT, masks):
+            loss, stats = launch.pair_forward("mapo", [0.5, 1.0, 1.0], preds, targets, mask=mask)
+            launch.pair_backward(loss, stats, preds, targets, mask)
+    assert {options["num_warps"] for options in asked} == {threads // 32}
+    most = {128} if layout == "channels_last" else {64, 80}
+    assert {options["maxnreg"] for options in asked} == most
+
+
 class Compiled(CompiledKernel):
     """What a launch by the jit returns."""
 
@@ -391,7 +427,7 @@ def test_a_kernel_that_was_compiled_is_launched_without_the_jit(
 
     class Jit:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            def run(*args: Any, num_warps: int) -> Compiled:
+            def run(*args: Any, **options: int) -> Compiled:
                 by_jit.append((grid, *args))
                 return Compiled(direct)
 
@@ -400,7 +436,7 @@ def test_a_kernel_that_was_compiled_is_launched_without_the_jit(
     here = [0]
     module = SimpleNamespace(current_device=lambda: here[0])
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
-    plan = launch.Plan((6, 1, 1), (2, "stacked"), {})
+    plan = launch.Plan((6, 1, 1), (2, "stacked"), {}, scattered=False)
 
     def run(tensor: Tensor, beta: float | Tensor) -> None:
         values, tensors, strides = launch._scalars([0.5, beta])

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
 from . import pair
@@ -20,10 +21,8 @@ from .links import Link
 INTERPRETED = not isinstance(pair.pair_fwd, triton.JITFunction)
 
 BLOCK = 1024  # elements that a program reads of each tensor at a time
-THREADS = 128  # each has one or two 16-byte vectors of a block
-NUM_WARPS = THREADS // (64 if torch.version.hip else 32)
 MAX_PROGRAMS = 1024  # fills a large GPU; more would only lengthen the last program's sum
-PAIRS, PARTS = 4, 64  # partial sums that the last program reads at a time; more cost registers
+PAIRS, PARTS = 4, 32  # partial sums that the last program reads at a time: one pair a warp
 INT32_ELEMENTS = 2**31 - BLOCK
 
 # One tensor, stacked or shared by the pair, and None; or winners and losers; or None and None.
@@ -39,6 +38,7 @@ class Plan(NamedTuple):
     grid: tuple[int, int, int]
     arguments: tuple[Any, ...]  # the kernel's last ones, in its order
     launchers: dict[Any, Callable[..., None]]  # of the compiled kernels, by `_signature`
+    scattered: bool  # whether a tensor's neighbours in a block are not neighbours in memory
     ticket: bool = False  # whether the kernel takes one
     loss: tuple[int, ...] = ()  # sizes of what is allocated
     stats: tuple[int, ...] = ()
@@ -79,9 +79,9 @@ def pair_forward(
         loss, stats, partials,
     )  # fmt: skip
     values, tensors, strides = _scalars(scalars)
-    huber = _huber(huber_c)
+    huber, of_huber = _huber(huber_c)
     numbers = (values, tensors, strides, huber)
-    _launch(pair.pair_fwd, plan, device, pointers, numbers, (*tensors, *huber[1:]), strides)
+    _launch(pair.pair_fwd, plan, device, pointers, numbers, (*tensors, *of_huber), strides)
     return loss, stats
 
 
@@ -107,9 +107,9 @@ def pair_backward(
         *_pointers(pred, swap), *_pointers(target, swap), *_pointers(mask, swap),
         *(grads[::-1] if swap else grads), grad_loss, stats,
     )  # fmt: skip
-    huber = _huber(huber_c)
+    huber, of_huber = _huber(huber_c)
     numbers = (huber, _stride(grad_loss))
-    _launch(pair.pair_bwd, plan, stats.device, pointers, numbers, huber[1:])
+    _launch(pair.pair_bwd, plan, stats.device, pointers, numbers, of_huber)
     return grad, grad_l
 
 
@@ -128,6 +128,7 @@ def _plan_forward(
     sizes, strides, wide = _layout(
         n_elements, swap, pred, target, ABSENT if ref_errors else ref, mask
     )
+    scattered = _scattered(sizes, strides)
     if ref_errors:
         ref_w, ref_l = _pointers(ref, swap)
         strides[2] = (_stride(ref_w),), (_stride(ref_l),)
@@ -145,6 +146,7 @@ def _plan_forward(
             PAIRS, PARTS,
         ),
         launchers={},
+        scattered=scattered,
         ticket=True,
         loss=(n_pairs,) if reduction == "none" else (),
         stats=(5 if ref[0] is None else 9, n_pairs),
@@ -167,6 +169,7 @@ def _plan_backward(swap: bool, *laid: Laid | None) -> Plan:
             wide, BLOCK,
         ),
         launchers={},
+        scattered=_scattered(sizes, strides),
     )  # fmt: skip
 
 
@@ -216,10 +219,13 @@ def _scalars(scalars: Sequence[float | Tensor]) -> tuple[tuple[Any, ...], ...]:
     return values, tensors, tuple([_stride(t) for t in tensors])
 
 
-def _huber(huber_c: float | Tensor | None) -> tuple[Any, ...]:
+def _huber(huber_c: float | Tensor | None) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
+    """(the kernels' argument, what `_signature` sees of it)"""
     if huber_c is None:
-        return ()
-    return (0.0, huber_c) if isinstance(huber_c, Tensor) else (float(huber_c), None)
+        return (), ()
+    if isinstance(huber_c, Tensor):
+        return (0.0, huber_c), (huber_c,)
+    return (float(huber_c),), (None,)
 
 
 def _programs(n_pairs: int, n_elements: int) -> int:
@@ -249,6 +255,12 @@ def _layout(
     found = iter(rows)
     strides = [((), ()) if first is None else (next(found), next(found)) for first, _ in operands]
     return sizes, strides, wide or max(last) > INT32_ELEMENTS
+
+
+def _scattered(sizes: tuple[int, ...], strides: list[Strides]) -> bool:
+    """A mask that is the same for neighbours (stride 0) does not count."""
+    inner = [each[-1] for both in strides for each in both if sizes and each]
+    return not {*inner} <= {0, 1}
 
 
 def _merged(tensors: Sequence[Tensor]) -> list[tuple[int, tuple[int, ...]]]:
@@ -293,9 +305,37 @@ def _launch(
     if launcher := plan.launchers.get(signature):
         launcher(*arguments)
         return
-    compiled = kernel[plan.grid](*arguments, num_warps=NUM_WARPS)
+    options = {} if INTERPRETED else _options(plan, pointers, _target(device.index))
+    compiled = kernel[plan.grid](*arguments, **options)
     if signature is not None and isinstance(compiled, CompiledKernel):
         plan.launchers[signature] = compiled[plan.grid]
+
+
+def _threads(plan: Plan, pointers: Sequence[Tensor | None]) -> int:
+    """A thread has one 16-byte vector of a block of predictions or targets (the first four
+    pointers), whichever are wider; or the addresses of four elements."""
+    narrow = all(t is None or t.element_size() < 4 for t in pointers[:4])
+    return BLOCK // 8 if narrow and not plan.scattered else BLOCK // 4
+
+
+def _options(plan: Plan, pointers: Sequence[Tensor | None], target: GPUTarget) -> dict[str, int]:
+    """How the jit is to compile a launch.
+
+    On NVIDIA it says how many registers a thread may have. Left to itself, ptxas takes fewer than
+    a kernel needs, and spills, to have room for more programs at once than the grid has. What it
+    makes for Blackwell needs more of them.
+    """
+    options = {"num_warps": _threads(plan, pointers) // target.warp_size}
+    if target.backend == "cuda":  # the only one that has the option
+        usual = 64 if target.arch < 100 else 80
+        options["maxnreg"] = 128 if plan.scattered else usual
+    return options
+
+
+@functools.lru_cache
+def _target(index: int) -> GPUTarget:
+    """What Triton compiles for on a device, which is the current one."""
+    return triton.runtime.driver.active.get_current_target()
 
 
 def _signature(

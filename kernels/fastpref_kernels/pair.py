@@ -74,8 +74,9 @@ def _scalar(value, tensor, stride, pair, inside):
 
 @triton.jit
 def _huber(huber):
-    """The constant c of pseudo-Huber errors, from (value, 0-d tensor or None)."""
-    if huber[1] is None:
+    """The constant c of pseudo-Huber errors, from (value,) or (0.0, 0-d tensor); None instead of
+    the tensor is more than the jit of Triton 3.6 takes."""
+    if len(huber) == 1:
         return tl.full([], huber[0], tl.float32)
     else:
         return tl.load(huber[1]).to(tl.float32)
@@ -108,13 +109,16 @@ def _together(values, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _sum_parts(partials, pair, n_pairs, n_programs, PAIRS: tl.constexpr, PARTS: tl.constexpr):
-    """Sums of some pairs, added in an order that does not depend on who came first."""
+def _sum_parts(
+    partials, kind, pair, n_pairs, n_programs, PAIRS: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """Sums of one kind of some pairs, added in an order that does not depend on who came first."""
+    row = (kind * n_pairs + pair) * n_programs  # 32 bits: a pointer for each kind costs registers
     total = tl.zeros([PAIRS, PARTS], tl.float32)
     for first in range(0, n_programs, PARTS):
         part = first + tl.arange(0, PARTS)
         inside = (pair < n_pairs)[:, None] & (part < n_programs)[None, :]
-        pointers = partials + pair[:, None] * n_programs + part[None, :]
+        pointers = partials + (row[:, None] + part[None, :])
         # .cg: other programs wrote these during this launch; this processor's L1 may be stale
         total += tl.load(pointers, mask=inside, other=0.0, cache_modifier=".cg")
     return tl.sum(total, axis=1)
@@ -139,7 +143,6 @@ def _finish(
     PAIRS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Errors -> link -> loss for all pairs, by the one program that arrived last."""
-    parts = n_pairs * n_programs  # of each kind of sum
     total = tl.zeros([PAIRS], tl.float32)
     for first in range(0, n_pairs, PAIRS):
         pair = first + tl.arange(0, PAIRS)
@@ -150,13 +153,13 @@ def _finish(
             size_w = tl.full([PAIRS], 1.0, tl.float32)
             size_l = size_w
         elif MASK is not None:
-            counts = partials + (2 if REF is None or REF_ERRORS else 6) * parts
-            size_w = _sum_parts(counts, pair, n_pairs, n_programs, PAIRS, PARTS)
+            counts = 2 if REF is None or REF_ERRORS else 6
+            size_w = _sum_parts(partials, counts, pair, n_pairs, n_programs, PAIRS, PARTS)
             size_l = size_w
             if MASK != "shared":
-                size_l = _sum_parts(counts + parts, pair, n_pairs, n_programs, PAIRS, PARTS)
-        sum_w = _sum_parts(partials, pair, n_pairs, n_programs, PAIRS, PARTS)
-        sum_l = _sum_parts(partials + parts, pair, n_pairs, n_programs, PAIRS, PARTS)
+                size_l = _sum_parts(partials, counts + 1, pair, n_pairs, n_programs, PAIRS, PARTS)
+        sum_w = _sum_parts(partials, 0, pair, n_pairs, n_programs, PAIRS, PARTS)
+        sum_l = _sum_parts(partials, 1, pair, n_pairs, n_programs, PAIRS, PARTS)
         err_w, err_l = _mean(sum_w, size_w, True), _mean(sum_l, size_l, True)
         gap_w, gap_l = err_w, err_l
         if REF is not None:
@@ -167,18 +170,16 @@ def _finish(
                 gap_w -= of_ref_w
                 gap_l -= of_ref_l
             else:
-                gaps = partials + 2 * parts
-                sum_w = _sum_parts(gaps, pair, n_pairs, n_programs, PAIRS, PARTS)
-                sum_l = _sum_parts(gaps + parts, pair, n_pairs, n_programs, PAIRS, PARTS)
+                sum_w = _sum_parts(partials, 2, pair, n_pairs, n_programs, PAIRS, PARTS)
+                sum_l = _sum_parts(partials, 3, pair, n_pairs, n_programs, PAIRS, PARTS)
                 gap_w, gap_l = _mean(sum_w, size_w), _mean(sum_l, size_l)
-                refs = partials + 4 * parts
-                sum_w = _sum_parts(refs, pair, n_pairs, n_programs, PAIRS, PARTS)
-                sum_l = _sum_parts(refs + parts, pair, n_pairs, n_programs, PAIRS, PARTS)
+                sum_w = _sum_parts(partials, 4, pair, n_pairs, n_programs, PAIRS, PARTS)
+                sum_l = _sum_parts(partials, 5, pair, n_pairs, n_programs, PAIRS, PARTS)
                 of_ref_w, of_ref_l = _mean(sum_w, size_w), _mean(sum_l, size_l)
-            tl.store(stats + 5 * n_pairs + pair, of_ref_w, mask=inside)
-            tl.store(stats + 6 * n_pairs + pair, of_ref_l, mask=inside)
-            tl.store(stats + 7 * n_pairs + pair, gap_w, mask=inside)
-            tl.store(stats + 8 * n_pairs + pair, gap_l, mask=inside)
+            tl.store(stats + (5 * n_pairs + pair), of_ref_w, mask=inside)
+            tl.store(stats + (6 * n_pairs + pair), of_ref_l, mask=inside)
+            tl.store(stats + (7 * n_pairs + pair), gap_w, mask=inside)
+            tl.store(stats + (8 * n_pairs + pair), gap_l, mask=inside)
         of_score, of_shape, knobs = (), (), ()
         for i in tl.static_range(len(values)):
             scalar = _scalar(values[i], tensors[i], strides[i], pair, inside)
@@ -195,10 +196,10 @@ def _finish(
         scale = pair_scale if HUBER else 2.0 * pair_scale
         slope_w, slope_l = _mean(slope_w * scale, size_w), _mean(slope_l * scale, size_l)
         tl.store(stats + pair, err_w, mask=inside)
-        tl.store(stats + n_pairs + pair, err_l, mask=inside)
-        tl.store(stats + 2 * n_pairs + pair, margin, mask=inside)
-        tl.store(stats + 3 * n_pairs + pair, slope_w, mask=inside)
-        tl.store(stats + 4 * n_pairs + pair, slope_l, mask=inside)
+        tl.store(stats + (n_pairs + pair), err_l, mask=inside)
+        tl.store(stats + (2 * n_pairs + pair), margin, mask=inside)
+        tl.store(stats + (3 * n_pairs + pair), slope_w, mask=inside)
+        tl.store(stats + (4 * n_pairs + pair), slope_l, mask=inside)
         if REDUCE:
             total += tl.where(inside, value, 0.0)
         else:
@@ -235,11 +236,11 @@ def pair_fwd(
     values, tensors, strides: of the scalars, hyper-parameters and then knobs.
     """
     HUBER: tl.constexpr = len(huber) > 0
-    # what a thread loads at once of the narrowest operand, and so holds side by side of all
+    # what a thread loads at once of the widest operand: `launch._threads` has as many as that takes
     PRED_BITS: tl.constexpr = pred_w.dtype.element_ty.primitive_bitwidth
     TARGET_BITS: tl.constexpr = target_w.dtype.element_ty.primitive_bitwidth
-    NARROW: tl.constexpr = PRED_BITS < 32 or TARGET_BITS < 32
-    VECTOR: tl.constexpr = 8 if NARROW and len(sizes) == 0 else 4
+    NARROW: tl.constexpr = PRED_BITS < 32 and TARGET_BITS < 32
+    VECTOR: tl.constexpr = 8 if NARROW else 4
     PAIRED: tl.constexpr = REF is not None and not REF_ERRORS  # a reference of as many elements
     pair = tl.program_id(0) // n_programs
     part = tl.program_id(0) % n_programs
@@ -348,25 +349,31 @@ def pair_bwd(
     for block in range(part, (n_elements - 1) // BLOCK + 1, n_programs):  # n + BLOCK may overflow
         start = tl.full([], block, tl.int64 if WIDE else tl.int32) * BLOCK
         inside = start + lane < n_elements
-        goal = _load(row_target_w, start, lane, inside, sizes, target_strides[0])
-        weight = None
+        # all loads before the first store, so that the memory answers them together
+        goal_w = _load(row_target_w, start, lane, inside, sizes, target_strides[0])
+        goal_l = goal_w
+        weight_w = None
+        weight_l = None
         if MASK is not None:
             row = _start(mask_w, _row_w(pair, n_pairs, MASK), mask_strides[0], n_elements)
-            weight = _load(row, start, lane, inside, sizes, mask_strides[0])
+            weight_w = _load(row, start, lane, inside, sizes, mask_strides[0])
+            weight_l = weight_w
         if grad_w is not None:
             row = _start(pred_w, _row_w(pair, n_pairs, PRED), pred_strides[0], n_elements)
-            diff = _load(row, start, lane, inside, sizes, pred_strides[0]) - goal
-            row = _start(grad_w, _row_w(pair, n_pairs, PRED), grad_strides[0], n_elements)
-            value = _slope(diff, scale_w, weight, c, HUBER)
-            _store(row, start, lane, inside, sizes, grad_strides[0], value)
+            of_w = _load(row, start, lane, inside, sizes, pred_strides[0])
         if grad_l is not None:
             if TARGET != "shared":
-                goal = _load(row_target_l, start, lane, inside, sizes, target_strides[1])
+                goal_l = _load(row_target_l, start, lane, inside, sizes, target_strides[1])
             if MASK is not None and MASK != "shared":
                 row = _start(mask_l, _row_l(pair, n_pairs, MASK), mask_strides[1], n_elements)
-                weight = _load(row, start, lane, inside, sizes, mask_strides[1])
+                weight_l = _load(row, start, lane, inside, sizes, mask_strides[1])
             row = _start(pred_l, _row_l(pair, n_pairs, PRED), pred_strides[1], n_elements)
-            diff = _load(row, start, lane, inside, sizes, pred_strides[1]) - goal
+            of_l = _load(row, start, lane, inside, sizes, pred_strides[1])
+        if grad_w is not None:
+            row = _start(grad_w, _row_w(pair, n_pairs, PRED), grad_strides[0], n_elements)
+            value = _slope(of_w - goal_w, scale_w, weight_w, c, HUBER)
+            _store(row, start, lane, inside, sizes, grad_strides[0], value)
+        if grad_l is not None:
             row = _start(grad_l, _row_l(pair, n_pairs, PRED), grad_strides[1], n_elements)
-            value = _slope(diff, scale_l, weight, c, HUBER)
+            value = _slope(of_l - goal_l, scale_l, weight_l, c, HUBER)
             _store(row, start, lane, inside, sizes, grad_strides[1], value)

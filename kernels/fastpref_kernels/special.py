@@ -21,8 +21,8 @@ try:
     import triton.language as tl  # the links have it from here, so that they import without it
 
     jit: Callable[..., Any] = triton.jit
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
-        TRITON_MISSING = f"Triton {triton.__version__} is too old, 3.3 is the first that will do"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+        TRITON_MISSING = f"Triton {triton.__version__} is too old, 3.6 is the first that will do"
 except ImportError as error:
     tl: Any = None  # type: ignore[no-redef]
     TRITON_MISSING = f"Triton cannot be imported ({error})"
