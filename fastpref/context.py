@@ -23,24 +23,24 @@ def transformed() -> bool:
 
 
 def intercepted(*tensors: Tensor | None) -> bool:
-    """Whether operations on these tensors go to Python first (FakeTensor, make_fx, a dispatch
-    mode), which a kernel launched directly would bypass."""
+    """Whether operations on these tensors go to somebody else first (torch.compile, FakeTensor,
+    make_fx, a dispatch mode), whom a kernel launched directly would bypass."""
+    if torch.compiler.is_compiling():
+        return True
     if torch._C._len_torch_dispatch_stack() > 0:
         return True
-    if {*map(type, tensors)} <= _PLAIN:
-        return False
-    plain = torch._C._disabled_torch_dispatch_impl
-    return any(getattr(t, "__torch_dispatch__", plain) is not plain for t in tensors)
+    return not {*map(type, tensors)} <= _PLAIN and any(map(dispatches_itself, tensors))
 
 
 def readable(value: Tensor) -> bool:
     """Whether values can be read without waiting for a device or leaving a trace."""
-    return (
-        value.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not transformed()
-        and not intercepted(value)
-    )
+    return value.device.type == "cpu" and not intercepted(value) and not transformed()
+
+
+def dispatches_itself(tensor: Tensor | None) -> bool:
+    """Whether it is of a subclass that handles every operation in Python."""
+    default = torch._C._disabled_torch_dispatch_impl
+    return getattr(tensor, "__torch_dispatch__", default) is not default
 
 
 _PLAIN = {Tensor, type(None)}

@@ -88,20 +88,28 @@ def convert_beta(
         raise TypeError(f"beta must be a float, got a {type(beta).__name__}")
     if not 0.0 < beta < math.inf:
         raise ValueError(f"beta is {beta}; expected a finite number above 0")
+    counts = {"n_elements": n_elements, "num_train_timesteps": num_train_timesteps}
+    for name, count in counts.items():
+        if count is None and name == "n_elements":
+            continue
+        if isinstance(count, bool) or not isinstance(count, numbers.Integral):
+            raise TypeError(f"{name} must be an int, got a {type(count).__name__}")
+        if count < 1:
+            raise ValueError(f"{name} is {count}; expected at least 1")
     if loss_type not in DPO_LOSS_TYPES:
         raise ValueError(f"loss_type is {loss_type!r}; expected one of {', '.join(DPO_LOSS_TYPES)}")
     strengths = []
     for argument, name in (("source", source), ("target", target)):
-        if name not in CONVENTIONS:
+        if not isinstance(name, str) or name not in CONVENTIONS:
             known = ", ".join(CONVENTIONS)
             raise ValueError(f"{argument} is {name!r}; expected one of {known}")
         factor, sums, timesteps, _ = CONVENTIONS[name]
-        if sums and not n_elements:
+        if sums and n_elements is None:
             raise ValueError(
                 f"n_elements is {n_elements}; expected the number of elements of a sample, because "
                 f"{name} sums their squares"
             )
         strength = 1.0 if loss_type in ("ipo", "sppo_hard") else factor
-        strength *= n_elements if sums and n_elements else 1
+        strength *= n_elements if sums and n_elements is not None else 1
         strengths.append(strength * (num_train_timesteps if timesteps else 1))
     return float(beta) * strengths[0] / strengths[1]

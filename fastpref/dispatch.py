@@ -112,7 +112,8 @@ class LossOutput(NamedTuple):
 
         Args:
             gather: average over all processes of torch.distributed's default group, weighted by
-                their numbers of pairs. All of them must call this. Without a group it does nothing.
+                their numbers of pairs, the loss of reduction="sum" too, which is then no sum. All
+                of them must call this. Without a group it does nothing.
             as_floats: return Python floats, for a progress bar. This waits for the device once.
         """
         won = (self.margin > 0).float().mean() + (self.margin >= 0).float().mean()
@@ -273,13 +274,14 @@ def losses_from_errors(
     errors = halves(operand, n_pairs, swap)
     device = errors[0].device
     numbers = check_scalars(chosen, scalars, sample_weight, n_pairs, device, swap)
-    dtype = torch.float64 if errors[0].dtype == torch.float64 else torch.float32
+    given = (*errors, *(r for r in ref if r is not None))
+    dtype = torch.float64 if any(e.dtype == torch.float64 for e in given) else torch.float32
     with no_autocast(device):
         err_w, err_l = (e.to(dtype) for e in errors)
         numbers = [reference.cast(number, dtype) for number in numbers]
         uses = live(chosen, numbers)
-        err_w = _gated(err_w, uses.err_w | uses.gap_w)
-        err_l = _gated(err_l, uses.err_l | uses.gap_l)
+        err_w = reference.gate(err_w, uses.err_w | uses.gap_w, err_w.detach)
+        err_l = reference.gate(err_l, uses.err_l | uses.gap_l, err_l.detach)
         gap_w, gap_l = err_w, err_l
         if ref[0] is not None:
             ref_w, ref_l = (e.to(dtype) for e in halves(ref, n_pairs, swap))
@@ -293,10 +295,6 @@ def losses_from_errors(
     each = [e.detach().clone() for pair in results for e in (pair[::-1] if swap else pair)]
     mse_w, mse_l, *of_ref = each
     return LossOutput(loss, mse_w, mse_l, margin.detach(), *of_ref)
-
-
-def _gated(err: Tensor, live: bool | Tensor) -> Tensor:
-    return reference.gate(err, live, err.detach().isfinite() if transformed() else None)
 
 
 def _check_options(link: str | Link, reduction: str, error_reduction: str = "mean") -> Link:

@@ -5,9 +5,9 @@ In the formulas below, mse_w and mse_l are the errors of a pair's winner and los
 drop_w = mse_w - ref_mse_w and drop_l = mse_l - ref_mse_l are negative where the model became
 better. Every function takes model_pred, target and ref_pred in the forms that `pair_loss`
 describes, its keyword arguments besides (mask, sample_weight, pair_weight, logit_scale,
-loser_weight, label_smoothing, sft_weight, huber_c, swap, error_reduction, reduction, impl), returns
-a LossOutput, and raises a TypeError or ValueError that names the argument, what came and what is
-needed. Each number may be a float, a 0-d tensor or a (B,) tensor.
+loser_weight, label_smoothing, sft_weight, prior_weight, huber_c, swap, error_reduction, reduction,
+impl), returns a LossOutput, and raises a TypeError or ValueError that names the argument, what came
+and what is needed. Each number may be a float, a 0-d tensor or a (B,) tensor.
 
 beta multiplies *means* over elements, in the convention of each official code; `convert_beta` goes
 between conventions.
@@ -15,6 +15,7 @@ between conventions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -579,7 +580,7 @@ def sft_loss(
     Source: the simple objective of Ho et al., "Denoising Diffusion Probabilistic Models",
     arXiv:2006.11239.
     """
-    return pair_loss(*_pairs(model_pred, target, paired), link="sft", **knobs)
+    return pair_loss(*_pairs(model_pred, target, paired, knobs), link="sft", **knobs)
 
 
 def self_npo_loss(
@@ -610,11 +611,13 @@ def self_npo_loss(
     "Self-NPO", arXiv:2505.11777, and Self-NPO/train.py of github.com/G-U-N/Diffusion-NPO, lines
     1142-1147.
     """
-    pairs = _pairs(model_pred, target, paired)
+    pairs = _pairs(model_pred, target, paired, knobs)
     return pair_loss(*pairs, link="sft", huber_c=huber_c, **knobs)
 
 
-def _pairs(model_pred: Halves, target: Halves, paired: bool | None) -> tuple[Halves, Halves]:
+def _pairs(
+    model_pred: Halves, target: Halves, paired: bool | None, knobs: Mapping[str, Any]
+) -> tuple[Halves, Halves]:
     """Pairs as they are, and an unpaired batch as pairs of each sample with itself."""
     if paired is not None and not isinstance(paired, bool):
         raise TypeError(f"paired must be True or False, got {paired!r}")
@@ -633,6 +636,15 @@ def _pairs(model_pred: Halves, target: Halves, paired: bool | None) -> tuple[Hal
         )
     if paired is not False:
         return model_pred, target
+    if of_losers := [name for name in ("swap", "prior_weight") if name in knobs]:
+        raise TypeError(
+            f"{of_losers[0]} was given with paired=False, but an unpaired batch has no losers"
+        )
+    if model_pred.shape != target.shape:
+        raise ValueError(
+            f"target has shape {tuple(target.shape)}, but model_pred is an unpaired batch of shape "
+            f"{tuple(model_pred.shape)}; expected the same shape"
+        )
     return (model_pred, model_pred.detach()), (target, target)
 
 

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch.autograd import forward_ad
 
 from fastpref_kernels import TRITON_MISSING, Link
 from fastpref_kernels.links import link_of
 
 from .context import intercepted, transformed
-from .pairs import Pairs, Scalar
+from .pairs import Pairs, Scalar, plain
 
 if not TRITON_MISSING:
     from fastpref_kernels import launch
@@ -41,7 +42,7 @@ def pair_loss(
     """(loss, stats) by the kernels, as `reference.pair_loss`; stats have the factors of the
     gradient between the margin and what is of the reference."""
     constants = (pairs.target, pairs.ref, pairs.mask, pairs.swap, huber_c)
-    opaque = pairs.intercepted or torch.compiler.is_compiling()
+    opaque = pairs.intercepted
     options = (link, scalars, reduction, error_reduction, opaque)
     loss, stats = _PairLoss.apply(*pairs.pred, constants, options)
     # Whoever changes a metric in place does not touch what backward reads.
@@ -86,15 +87,17 @@ class _PairLoss(torch.autograd.Function):
         run: Any = _launch_backward
         if torch.compiler.is_compiling():
             run = torch.ops.fastpref.pair_backward
-        elif transformed() or _functorch.is_legacy_batchedtensor(grad_loss):
-            raise RuntimeError(  # torch.func, is_grads_batched, or a grad_output with a tangent
+        elif _functorch.is_legacy_batchedtensor(grad_loss) or (
+            transformed() and forward_ad.unpack_dual(grad_loss).tangent is not None
+        ):
+            raise RuntimeError(  # by is_grads_batched, or in forward mode over reverse mode
                 "fastpref's kernels take no gradients that are batched or dual; "
                 'pass impl="torch" to the loss'
             )
-        elif intercepted(grad_loss):
+        elif intercepted(grad_loss, *ctx.saved_tensors):
             run = torch.ops.fastpref.pair_backward
-        elif grad_loss.is_neg():
-            grad_loss = grad_loss.resolve_neg()
+        else:
+            grad_loss = plain("grad_outputs", grad_loss)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             run = functools.partial(_OnlyOnce.apply, run)
         stats, huber_t, *read = ctx.saved_tensors

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.masked import MaskedTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .context import intercepted
+from .context import dispatches_itself, intercepted
 
 Halves: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 Scalar: TypeAlias = "float | Tensor"
@@ -63,8 +65,10 @@ def check_pairs(
 
     Tensors alone, without halves or masks, pass if such have passed before.
     """
+    if swap is not True and swap is not False:
+        raise TypeError(f"swap must be True or False, got a {type(swap).__name__}")
     given: Any = (model_pred, target) if ref_pred is None else (model_pred, target, ref_pred)
-    alone = ref_mse is None and mask is None and not torch.compiler.is_compiling()
+    alone = ref_mse is None and mask is None and not intercepted()
     key, ref, masks = None, _ABSENT, _ABSENT
     plain_ones = alone and {*map(type, given)} == {Tensor}
     if plain_ones and not any(map(Tensor.is_neg, given)) and not any(map(_is_nested, given)):
@@ -74,8 +78,7 @@ def check_pairs(
             n_pairs, wide = passed
             pred, goal, *_ = given
             ref = _ABSENT if ref_pred is None else (given[2], None)
-            modes = torch._C._len_torch_dispatch_stack() > 0
-            return Pairs((pred, None), (goal, None), ref, masks, n_pairs, wide, swap, modes)
+            return Pairs((pred, None), (goal, None), ref, masks, n_pairs, wide, swap, False)
     pred_w, pred_l = _operand("model_pred", model_pred)
     n_samples, *sample = pred_w.shape
     if pred_w.numel() == 0:
@@ -231,6 +234,10 @@ def _tensor(name: str, value: object, min_dim: int, dtypes: tuple[torch.dtype, .
     return tensor
 
 
+def _hides_memory(value: Tensor) -> bool:
+    return dispatches_itself(value) and not isinstance(value, FakeTensor)
+
+
 def plain(name: str, value: object) -> Tensor:
     """The value as a dense tensor whose memory the kernels can read as it is."""
     if not isinstance(value, Tensor):
@@ -241,6 +248,10 @@ def plain(name: str, value: object) -> Tensor:
         if not value.is_nested:
             inner = f", such as {name}.to_local()" if hasattr(value, "to_local") else ""
             raise TypeError(f"{name} is a {type(value).__name__}; expected a plain tensor{inner}")
+    elif not torch.compiler.is_compiling() and _hides_memory(value):
+        inner = f", such as {name}.get_data(), with mask={name}.get_mask()"
+        inner = inner if isinstance(value, MaskedTensor) else ""
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a plain tensor{inner}")
     if value.is_nested:
         raise TypeError(
             f"{name} is a nested tensor; expected a dense one, such as "
@@ -250,6 +261,9 @@ def plain(name: str, value: object) -> Tensor:
         raise TypeError(
             f"{name} has layout {value.layout}; expected a dense tensor, such as {name}.to_dense()"
         )
-    if not torch.compiler.is_compiling() and value.is_neg():
-        return value.resolve_neg()  # a lazily negated view, whose memory holds the opposite sign
+    if not torch.compiler.is_compiling():
+        if value._is_zerotensor():  # it has no memory
+            return value.clone()
+        if value.is_neg():  # a lazily negated view, whose memory holds the opposite sign
+            return value.resolve_neg()
     return value

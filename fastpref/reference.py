@@ -3,7 +3,8 @@ under torch.func too, without Triton."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from fastpref_kernels.knobs import live, pair_losses
 from fastpref_kernels.links import Link
 
-from .context import no_autocast, transformed
+from .context import no_autocast, readable, transformed
 from .pairs import Operand, Pairs, Scalar, halves
 
 
@@ -55,17 +56,23 @@ def cast(scalar: Any, dtype: torch.dtype) -> Any:
     return scalar.to(dtype) if isinstance(scalar, Tensor) else scalar
 
 
-def gate(value: Tensor, live: Any, finite: Tensor | None = None) -> Tensor:
+def gate(value: Tensor, live: Any, size: Callable[[], Tensor]) -> Tensor:
     """The value, cut off from its gradient in the rows that are not live. Their gradient is 0
-    already, but 0 times what they hold, inf or NaN, would not be.
+    already, but 0 times what overflows in them, or is NaN, would not be.
 
-    finite: rows where it would be, and where a derivative by the weights may be asked for.
+    size: (B,) or (B, ...), what is in a row. Under a transform, where a derivative by the weights
+    may be asked for, only rows whose size squared overflows are cut off.
     """
-    if live is True:
-        return value
     if not isinstance(live, Tensor):
+        if live:
+            return value
         live = torch.zeros((), dtype=torch.bool, device=value.device)
-    live = live if finite is None else live | finite
+    elif readable(live) and live.all():
+        return value
+    if transformed():
+        rows = size().detach()
+        rows = rows.flatten(1).sum(dim=1) if rows.dim() > 1 else rows
+        live = live | rows.square().isfinite()
     live = live.reshape(live.shape + (1,) * (value.dim() - 1))
     return torch.where(live, value, value.detach())
 
@@ -79,6 +86,12 @@ def _sides(
     return first.to(dtype), second.to(dtype)
 
 
+def _squares(pred: Tensor, target: Tensor, *ref: Tensor) -> Tensor:
+    """For each element, at least what its squares and its gap come to."""
+    total = (pred.detach() - target).square()
+    return 4.0 * sum(((each - target).square() for each in ref), start=total)
+
+
 def _errors(
     tensors: tuple[Any, ...], huber_c: Scalar | None, error_reduction: str, err_live: Any,
     gap_live: Any,
@@ -89,10 +102,11 @@ def _errors(
     c = 0.0 if huber_c is None else huber_c
     if mask is not None:  # what it hides may be anything, NaN too
         hidden = mask == 0
+        of_ref = [] if ref is None or ref.dim() == 1 else [ref]
         if transformed():  # the mask may be differentiated by, where it is 0 too
-            hidden = hidden & ~(pred.detach() - target).isfinite()
-        pred, target = (torch.where(hidden, 0.0, t) for t in (pred, target))
-        ref = ref if ref is None or ref.dim() == 1 else torch.where(mask == 0, 0.0, ref)
+            hidden = hidden & ~_squares(pred, target, *of_ref).isfinite()
+        pred, target, *of_ref = (torch.where(hidden, 0.0, t) for t in (pred, target, *of_ref))
+        ref = of_ref[0] if of_ref else ref
 
     def per_sample(elements: Tensor) -> Tensor:
         total = (elements if mask is None else mask * elements).flatten(1).sum(dim=1)
@@ -109,21 +123,18 @@ def _errors(
     def squares(diff: Tensor) -> Tensor:
         return diff.square() if huber_c is None else diff.square() / (root(diff) + c)
 
-    def finite(*others: Tensor) -> Tensor | None:
-        """Rows of finite numbers, where weights may be differentiated by, and those of 0 too."""
-        if not transformed():
-            return None
-        return sum(others, start=pred.detach()).flatten(1).sum(dim=1).isfinite()
-
     if ref is None or ref.dim() == 1:
-        err = per_sample(squares(gate(pred, err_live | gap_live, finite(target)) - target))
+        size = functools.partial(_squares, pred, target)
+        err = per_sample(squares(gate(pred, err_live | gap_live, size) - target))
         return err, err if ref is None else err - ref, err if ref is None else ref
-    moving = gate(pred, gap_live, finite(target, ref))
-    diff, diff_ref = moving - target, ref - target
+    diff_ref = ref - target
+    size = functools.partial(_squares, pred, target, ref)
+    moving = gate(pred, gap_live, size)
+    diff = moving - target
     gaps = (moving - ref) * (diff + diff_ref)  # no difference of two large numbers
     gaps = gaps if huber_c is None else gaps / (root(diff) + root(diff_ref))
-    if err_live is False and gap_live is not False:
+    if err_live is False and gap_live is not False:  # the loss depends on the gap alone
         of_err = diff.detach()
     else:
-        of_err = gate(pred, err_live, finite(target)) - target
+        of_err = gate(pred, err_live, size) - target
     return per_sample(squares(of_err)), per_sample(gaps), per_sample(squares(diff_ref))

@@ -18,6 +18,7 @@ from .context import readable
 from .pairs import Scalar, plain
 
 _NAMES = {key: key for key in KNOBS if not key.startswith("sample_weight")}  # which comes apart
+_OTHERS = ("sample_weight", "mask", "huber_c", "swap", "error_reduction", "reduction", "impl")
 
 
 def check_scalars(
@@ -62,7 +63,8 @@ def _check(
         return scalars
     rest = {key: value for key, value in given.items() if key not in link.hyper}
     if unknown := sorted(rest.keys() - _NAMES.keys()):
-        raise TypeError(unexpected(f"loss {link.name!r}", unknown, [*link.hyper, *_NAMES]))
+        accepted = [*link.hyper, *_NAMES, *_OTHERS]
+        raise TypeError(unexpected(f"loss {link.name!r}", unknown, accepted))
     rest = {**link.knobs, **{key: value for key, value in rest.items() if value is not None}}
     if sample_weight is not None:
         rest |= _of_samples(sample_weight, n_pairs, swap)

@@ -5,6 +5,7 @@ value through PyTorch, or an error that says what to do, and never a silent 0.""
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import sys
 import threading
@@ -385,8 +386,12 @@ def test_a_name_that_is_given_anew() -> None:
 
 
 def test_a_links_defaults_cannot_be_changed_in_place() -> None:
-    with pytest.raises(TypeError, match="does not support item assignment"):
-        LINKS["mapo"].hyper["beta"] = LINKS["mapo"].hyper["snr"]  # type: ignore[index]
+    hyper: Any = LINKS["mapo"].hyper
+    with pytest.raises(TypeError, match="defaults cannot be changed"):
+        hyper["beta"] = hyper["snr"]
+    with pytest.raises(TypeError, match="defaults cannot be changed"):
+        hyper.update(beta=hyper["snr"])
+    assert copy.deepcopy(LINKS["mapo"]).hyper == hyper
 
 
 def test_modules_may_be_imported_anew() -> None:

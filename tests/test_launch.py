@@ -399,7 +399,9 @@ def test_a_thread_has_one_vector_of_the_widest_operand(
     masks = (torch.zeros(2, 1, 5, 6, dtype=torch.bool).expand(2, 3, 5, 6), None)
     with mock.patch.object(launch, "_launch", note):
         for mask in (launch.ABSENT, masks):
-            loss, stats = launch.pair_forward("mapo", [0.5, 1.0, 1.0], preds, targets, mask=mask)
+            loss, stats = launch.pair_forward(
+                LINKS["mapo"], [0.5, 1.0, 1.0], preds, targets, mask=mask
+            )
             launch.pair_backward(loss, stats, preds, targets, mask)
     assert {options["num_warps"] for options in asked} == {threads // 32}
     most = {128} if layout == "channels_last" else {64, 80}

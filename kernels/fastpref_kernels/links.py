@@ -9,12 +9,9 @@ preferred). To add a loss: write what it needs of both, enter it in `LINKS`, pub
 
 from __future__ import annotations
 
-import itertools
 import math
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -90,8 +87,19 @@ class Shape(NamedTuple):
     hyper: Mapping[str, Hyper] = {}
 
 
-_numbers = itertools.count()
-_by_key: weakref.WeakValueDictionary[str, Link] = weakref.WeakValueDictionary()
+_by_key: dict[str, Link] = {}
+
+
+class _Frozen(dict[str, Any]):
+    """A dict that cannot be changed; torch.compile does not get on with MappingProxyType."""
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("a Link's defaults cannot be changed; make another with link(...)")
+
+    __setitem__ = __delitem__ = __ior__ = update = pop = popitem = clear = setdefault = _refuse  # type: ignore[assignment]
+
+    def __reduce__(self) -> Any:
+        return _Frozen, (dict(self),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +109,8 @@ class Link:
     hyper: the score's hyper-parameters and then the shape's, with this link's defaults.
     knobs: of knobs.py, those that this link has at values of its own.
     name: what error messages call the loss.
-    key: this very link among all there ever were, for what takes no objects (torch.library).
+    key: this very link among all in this process, for what takes no objects (torch.library): its
+        name, numbered where there was one of that name before.
 
     Links are told apart by identity, so what is cached for one never serves another of its name.
     """
@@ -115,10 +124,11 @@ class Link:
     key: str = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "hyper", MappingProxyType(dict(self.hyper)))
-        object.__setattr__(self, "knobs", MappingProxyType(dict(self.knobs)))
-        object.__setattr__(self, "key", f"{self.name}#{next(_numbers)}")
-        _by_key[self.key] = self
+        object.__setattr__(self, "hyper", _Frozen(self.hyper))
+        object.__setattr__(self, "knobs", _Frozen(self.knobs))
+        key = f"{self.name}#{len(_by_key)}" if self.name in _by_key else self.name
+        object.__setattr__(self, "key", key)
+        _by_key[key] = self
 
 
 def link(
@@ -137,6 +147,8 @@ def link(
 
 def link_of(key: str) -> Link:
     """The link that has this key."""
+    if key not in _by_key:
+        raise ValueError(f"loss {key!r} is not known in this process; call register_link first")
     return _by_key[key]
 
 
