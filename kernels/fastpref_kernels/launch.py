@@ -22,7 +22,7 @@ INTERPRETED = not isinstance(pair.pair_fwd, triton.JITFunction)
 
 BLOCK = 1024  # elements that a program reads of each tensor at a time
 MAX_PROGRAMS = 1024  # fills a large GPU; more would only lengthen the last program's sum
-PAIRS, PARTS = 4, 32  # partial sums that the last program reads at a time: one pair a warp
+PAIRS, PARTS = 4, 32  # partial sums that the last program reads at a time; of one pair a thread
 INT32_ELEMENTS = 2**31 - BLOCK
 
 # One tensor, stacked or shared by the pair, and None; or winners and losers; or None and None.
