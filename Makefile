@@ -14,13 +14,14 @@ test: lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 # The oldest of everything that pyproject.toml takes, on the oldest Python, in an environment of its
-# own: losses, kernels, compiled code, a training run and the demo. It downloads 3 GB.
+# own: losses, kernels, compiled code, trainer, demo, two processes. It downloads 3 GB.
 test-floors: $(READY)
 	$(VENV)/bin/python -m uv venv --quiet --no-config --clear --python 3.11 $(FLOORS)
 	$(VENV)/bin/python -m uv pip install --quiet --no-config --python $(FLOORS) \
 		--resolution lowest-direct --editable '.[triton,train,test]'
 	$(FLOORS)/bin/python -m pytest tests/test_losses.py tests/test_links.py \
-		tests/test_autograd.py tests/test_train_sdxl.py
+		tests/test_autograd.py tests/test_train_sdxl.py tests/test_generate.py \
+		tests/test_many_processes.py
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
