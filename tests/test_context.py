@@ -27,6 +27,7 @@ import fastpref
 from fastpref import dispatch, ops
 from fastpref.pairs import check_pairs
 from fastpref_kernels import LINKS, launch, link
+from fastpref_kernels.links import link_of
 
 GENERATOR = torch.Generator().manual_seed(3)
 PRED, TARGET, REF = (torch.randn(4, 3, 5, generator=GENERATOR) for _ in range(3))
@@ -53,7 +54,7 @@ ARGUMENTS: dict[str, tuple[Loss, Tensor]] = {
     "pair_weight": (lambda x: dpo(pair_weight=x), torch.tensor([0.5, 2.0])),
     "sample_weight": (lambda x: dpo(sample_weight=x), torch.tensor([0.5, 2.0, 1.0, 1.5])),
     "logit_scale": (lambda x: dpo(logit_scale=x), torch.tensor(0.7)),
-    "mask": (lambda x: dpo(mask=x), torch.rand(4, 3, 5, generator=GENERATOR)),
+    "mask": (lambda x: dpo(mask=x), torch.rand(4, 3, 5, generator=GENERATOR).round()),
     "huber_c": (
         lambda x: (
             fastpref.pair_loss(
@@ -402,6 +403,100 @@ def test_modules_may_be_imported_anew() -> None:
     compiled = torch.compile(lambda: dpo(impl="triton"), backend="aot_eager")
     assert torch.equal(compiled(), wanted)
     assert sys.modules["fastpref.ops"] is ops
+
+
+def test_a_dict_may_change_in_a_compiled_step() -> None:
+    """What a trainer's step does to its logs, and torch.func.functional_call to a module's."""
+    model, log = torch.nn.Linear(5, 5), {"steps": 0}
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def step(parameters: dict[str, Tensor], pred: Tensor) -> Tensor:
+        log["steps"] += 1
+        return dpo(model_pred=torch.func.functional_call(model, parameters, (pred,)), impl="triton")
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(parameters, PRED), step(parameters, PRED))
+    assert log == {"steps": 2}
+
+
+@pytest.mark.parametrize("huge", [1e25, float("inf"), float("nan")])
+def test_zero_weights_hide_what_overflows_under_a_transform(huge: float) -> None:
+    weight, mask = torch.tensor([1.0, 0.0]), torch.ones(4, 3, 5)
+    mask[:, :, 0] = 0
+    rows, columns = PRED.clone(), PRED.clone()
+    rows[[1, 3]] = huge
+    columns[:, :, 0] = huge
+    for huber in (None, 0.1):
+        options: dict[str, Any] = {"link": "mapo", "huber_c": huber}
+
+        def loss(x: Tensor, options: Any = options, **more: Any) -> Tensor:
+            return fastpref.pair_loss(x, TARGET, **options, **more).loss
+
+        for poisoned, more in ((rows, {"pair_weight": weight}), (columns, {"mask": mask})):
+            grad, value = torch.func.grad_and_value(lambda x: loss(x, **more))(poisoned)  # noqa: B023
+            clean, wanted = torch.func.grad_and_value(lambda x: loss(x, **more))(PRED)  # noqa: B023
+            torch.testing.assert_close(value, wanted)
+            torch.testing.assert_close(grad, clean)
+
+
+class Hidden(Tensor):
+    """A subclass whose memory is elsewhere, and which handles operations itself."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Hidden:
+        made: Any = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made  # type: ignore[no-any-return]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        given = [each.inner if isinstance(each, Hidden) else each for each in args]
+        return func(*given, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_subclasses_that_hide_their_memory(impl: str) -> None:
+    masked = torch.masked.masked_tensor(PRED, PRED > 0)
+    for name, value, message in (
+        ("model_pred", Hidden(PRED), "is a Hidden; expected a plain tensor"),
+        ("beta", Hidden(torch.tensor(5.0)), "is a Hidden; expected a plain tensor"),
+        ("pair_weight", Hidden(torch.ones(2)), "is a Hidden; expected a plain tensor"),
+        ("target", masked, r"is a MaskedTensor.*target\.get_data\(\).*mask=target\.get_mask\(\)"),
+    ):
+        with pytest.raises(TypeError, match=rf"^{name} {message}"):
+            dpo(**{name: value, "impl": impl})
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_zero_tensors(impl: str) -> None:
+    """Autograd's own zeros, which have no memory."""
+    zeros = torch._efficientzerotensor(4, 3, 5)
+    pred = PRED.clone().requires_grad_()
+    losses = dpo(model_pred=pred, target=(zeros[:2], zeros[2:]), impl=impl, reduction="none")
+    wanted = dpo(model_pred=pred, target=torch.zeros(4, 3, 5), impl=impl, reduction="none")
+    assert torch.equal(losses, wanted)
+    (grad,) = torch.autograd.grad(losses, pred, torch._efficientzerotensor(2))
+    assert not grad.any()
+
+
+def test_keys_of_links_are_names_where_they_can_be() -> None:
+    """So that an exported program finds a loss in another process."""
+    assert LINKS["mapo"].key == "mapo"
+    first, second = (link(LINKS["mapo"].score, LINKS["mapo"].shape) for _ in range(2))
+    assert first.key != second.key
+    with pytest.raises(ValueError, match=r"loss 'nobody' is not known.*register_link"):
+        link_of("nobody")
+
+
+def test_a_thread_in_forward_mode_does_not_stop_the_backward_of_another() -> None:
+    pred = PRED.clone().requires_grad_()
+    loss = dpo(model_pred=pred, impl="triton")
+    with forward_ad.dual_level():  # as seen from anywhere: the level is the process's
+        (grad,) = torch.autograd.grad(loss, pred)
+    assert torch.equal(grad, torch.autograd.grad(dpo(model_pred=pred, impl="triton"), pred)[0])
 
 
 def test_tickets_of_many_threads_with_new_streams(monkeypatch: pytest.MonkeyPatch) -> None:

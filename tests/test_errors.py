@@ -88,6 +88,7 @@ CASES = [
         link="mapo",
         ref_mse=torch.ones(4),
     ),
+    case(TypeError, "swap", "str", "True or False", swap="no"),
     case(ValueError, "impl", "'cuda'", "auto", impl="cuda"),
     case(ValueError, "impl", "triton", "float64", pred=X.double(), impl="triton"),
 ]

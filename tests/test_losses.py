@@ -617,6 +617,15 @@ def test_beta_conversion_refuses_by_name() -> None:
             fastpref.convert_beta(beta, "fastpref")
     with pytest.raises(TypeError, match=r"^beta must be a float, got a str"):
         fastpref.convert_beta("2500", "fastpref")
+    for counts in ({"n_elements": -5}, {"n_elements": 0}, {"num_train_timesteps": 0}):
+        with pytest.raises(ValueError, match=r"^n.* is .*; expected at least 1"):
+            fastpref.convert_beta(1.0, "SimpleTuner", **counts)
+    wrong: tuple[dict[str, Any], ...] = ({"n_elements": "x"}, {"n_elements": True})
+    for bad in (*wrong, {"num_train_timesteps": None}):
+        with pytest.raises(TypeError, match=r"^n.* must be an int"):
+            fastpref.convert_beta(1.0, "SimpleTuner", **bad)
+    with pytest.raises(ValueError, match=r"^source is \['x'\]; expected one of"):
+        fastpref.convert_beta(1.0, ["x"])
     with pytest.raises(ValueError, match=r"^loss_type is 'kto'; expected one of sigmoid"):
         fastpref.convert_beta(1.0, "fastpref", loss_type="kto")
 
@@ -653,6 +662,11 @@ def test_half_of_a_batch_is_not_trained_on_in_silence(function: Any) -> None:
         function(tuple(pred.chunk(2)), target[:2], paired=False)
     with pytest.raises(TypeError, match=r"^paired must be True or False, got 1"):
         function(pred, target, paired=1)
+    for knob in ({"swap": True}, {"prior_weight": 1.0}):
+        with pytest.raises(TypeError, match=r"was given with paired=False.*no losers"):
+            function(pred, target, paired=False, **knob)
+    with pytest.raises(ValueError, match=r"^target has shape \(2, 3\).*unpaired batch"):
+        function(pred, target[:2], paired=False)
     pairs = function(pred, target, paired=True).loss
     for form in ((tuple(pred.chunk(2)), target), (tuple(pred.chunk(2)), tuple(target.chunk(2)))):
         assert torch.equal(function(*form).loss, pairs)
