@@ -14,13 +14,16 @@ test: lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 # The oldest of everything that pyproject.toml takes, on the oldest Python, in an environment of its
-# own: losses, kernels, compiled code, trainer, demo, two processes. It downloads 3 GB.
+# own: the losses with what they need, then the trainer and the demo with what these need. Each of
+# the two brings a PyTorch of 3 GB.
+FLOOR := $(VENV)/bin/python -m uv pip install --quiet --no-config --python $(FLOORS) \
+	--resolution lowest-direct --editable
 test-floors: $(READY)
 	$(VENV)/bin/python -m uv venv --quiet --no-config --clear --python 3.11 $(FLOORS)
-	$(VENV)/bin/python -m uv pip install --quiet --no-config --python $(FLOORS) \
-		--resolution lowest-direct --editable '.[triton,train,test]'
-	$(FLOORS)/bin/python -m pytest tests/test_losses.py tests/test_links.py \
-		tests/test_autograd.py tests/test_train_sdxl.py tests/test_generate.py \
+	$(FLOOR) '.[triton,test]'
+	$(FLOORS)/bin/python -m pytest tests/test_losses.py tests/test_links.py tests/test_autograd.py
+	$(FLOOR) '.[triton,train,test]'
+	$(FLOORS)/bin/python -m pytest tests/test_train_sdxl.py tests/test_generate.py \
 		tests/test_many_processes.py
 
 lint: $(READY)
