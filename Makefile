@@ -22,7 +22,7 @@ test-floors: $(READY)
 	$(VENV)/bin/python -m uv venv --quiet --no-config --clear --python 3.11 $(FLOORS)
 	$(FLOOR) '.[triton,test]'
 	$(FLOORS)/bin/python -m pytest tests/test_losses.py tests/test_links.py tests/test_autograd.py
-	$(FLOOR) '.[triton,train,test]'
+	$(FLOOR) '.[train,test]'
 	$(FLOORS)/bin/python -m pytest tests/test_train_sdxl.py tests/test_generate.py \
 		tests/test_many_processes.py
 

@@ -10,10 +10,13 @@ from torch._C import _functorch
 from torch.autograd import forward_ad
 
 
-@torch.compiler.assume_constant_result
 def _inside_torch_func() -> bool:
-    # Dynamo enters torch.func's levels while it traces, so the answer holds for what it compiles.
     return _functorch.peek_interpreter_stack() is not None
+
+
+# Dynamo enters torch.func's levels while it traces, so the answer holds for what it compiles. This
+# is what torch.compiler.assume_constant_result does, which would import all of Dynamo.
+_inside_torch_func._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def transformed() -> bool:
