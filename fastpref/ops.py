@@ -73,7 +73,7 @@ class _PairLoss(torch.autograd.Function):
             loss, stats = launch.pair_forward(
                 link, scalars, (pred, pred_l), target, ref, mask, swap, huber, *reductions
             )
-        ctx.huber_c, ctx.swap = huber_c, swap
+        ctx.huber_c, ctx.swap, ctx.opaque = huber_c, swap, opaque
         ctx.save_for_backward(stats, huber_t, pred, pred_l, *target, *mask)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
@@ -94,9 +94,9 @@ class _PairLoss(torch.autograd.Function):
                 "fastpref's kernels take no gradients that are batched or dual; "
                 'pass impl="torch" to the loss'
             )
-        elif intercepted(grad_loss, *ctx.saved_tensors):
+        elif ctx.opaque or intercepted(grad_loss):
             run = torch.ops.fastpref.pair_backward
-        else:
+        elif grad_loss.is_neg() or grad_loss._is_zerotensor():
             grad_loss = plain("grad_outputs", grad_loss)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             run = functools.partial(_OnlyOnce.apply, run)

@@ -68,10 +68,14 @@ def check_pairs(
     if swap is not True and swap is not False:
         raise TypeError(f"swap must be True or False, got a {type(swap).__name__}")
     given: Any = (model_pred, target) if ref_pred is None else (model_pred, target, ref_pred)
-    alone = ref_mse is None and mask is None and not intercepted()
     key, ref, masks = None, _ABSENT, _ABSENT
-    plain_ones = alone and {*map(type, given)} == {Tensor}
-    if plain_ones and not any(map(Tensor.is_neg, given)) and not any(map(_is_nested, given)):
+    alone = ref_mse is None and mask is None and not intercepted()
+    if (
+        alone
+        and {*map(type, given)} == {Tensor}
+        and not any(map(Tensor.is_neg, given))
+        and not any(map(_is_nested, given))
+    ):
         such = [(t.shape, t.dtype, t.device, t.layout, t.requires_grad) for t in given]
         key = (torch.is_grad_enabled(), *such)
         if passed := _passed.get(key):
