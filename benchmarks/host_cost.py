@@ -1,7 +1,7 @@
 """What Python costs: forward and backward of a fused loss whose launches are left out, against the
 dispatch of the published formula in eager PyTorch, on tensors too small to matter.
 
-    TRITON_INTERPRET=1 python benchmarks/host_cost.py
+    python benchmarks/host_cost.py
 
 Prints medians in microseconds, and appends them to results/host-<machine>.csv. Triton's launcher (a
 few microseconds a launch) is left out along with the launch.
@@ -21,11 +21,10 @@ from unittest import mock
 
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 from bench_loss import RESULTS, append, environment
-from cases import DEVICE, GPU, PUBLISHED, Loss, fused
-
-if not GPU:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+from cases import DEVICE, PUBLISHED, Loss, fused
 from fastpref_kernels import LINKS, launch, pair
 
 
