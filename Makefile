@@ -14,8 +14,8 @@ test: lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 # The oldest of everything that pyproject.toml takes, on the oldest Python, in an environment of its
-# own: the losses with what they need, then the trainer and the demo with what these need. Each of
-# the two brings a PyTorch of 3 GB.
+# own: the losses with what they need, then the trainer and the demo with what these need. It
+# downloads 3 GB.
 FLOOR := $(VENV)/bin/python -m uv pip install --quiet --no-config --python $(FLOORS) \
 	--resolution lowest-direct --editable
 test-floors: $(READY)
