@@ -12,11 +12,7 @@ import itertools
 import json
 import math
 import random
-import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +25,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
+import machine_code
 from fastpref_kernels import KNOBS, LINKS, launch, pair
 
 TARGETS = {
@@ -93,9 +90,8 @@ def specialized(recorder: Recorder, target: GPUTarget) -> tuple[Any, Any, Any, A
 
 
 def compiled(recorder: Recorder, name: str) -> dict[str, Any]:
-    """What the compiler made of the recorded launch: registers per thread, bytes spilled, how many
-    instructions load and store how many bytes at a time, and on NVIDIA the order of loads (L),
-    stores (S) and barriers (B); or else its error."""
+    """What the compiler made of the recorded launch (see `machine_code.read`), or else its
+    error."""
     target = TARGETS[name]
     signature, constexprs, attrs, options = specialized(recorder, target)
     row = {"triton": triton.__version__, "kernel": recorder.kernel.__name__, "target": name}
@@ -105,53 +101,7 @@ def compiled(recorder: Recorder, name: str) -> dict[str, Any]:
         binary = triton.compile(source, target=target, options=options.__dict__)
     except Exception as error:  # a compiler raises what it likes
         return row | {"error": f"{type(error).__name__}: {error}"}
-    read = _amd if target.backend == "hip" else _nvidia
-    return row | read(binary.asm)
-
-
-def _nvidia(asm: Any) -> dict[str, Any]:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(asm["cubin"])
-        cubin.flush()
-        command = [str(tool), "--dump-resource-usage", cubin.name]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-
-    def widths(op: str) -> dict[int, int]:
-        found = re.findall(rf"\b{op}\.global(?:[.:\w]*?)(?:\.v(\d))?\.b(\d+)\b", asm["ptx"])
-        return Counter(int(vector or 1) * int(bits) // 8 for vector, bits in found)
-
-    order = re.finditer(r"\b(ld\.global)|\b(st\.global)|\b(bar\.sync)", asm["ptx"])
-    return {
-        "registers": used["REG"],
-        "spilled": used["STACK"] + used["LOCAL"],
-        "parked": 0,
-        "loads": widths("ld"),
-        "stores": widths("st"),
-        "order": "".join("LSB"[match.lastindex - 1] for match in order if match.lastindex),
-    }
-
-
-def _amd(asm: Any) -> dict[str, Any]:
-    text = asm["amdgcn"]
-    names = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
-    found = {name: re.search(rf"\.{name}:\s*(\d+)", text) for name in names}
-    used = {name: int(match[1]) for name, match in found.items() if match}
-    sizes = {"byte": 1, "ubyte": 1, "short": 2, "ushort": 2, "dword": 4}
-    sizes |= {f"dwordx{n}": 4 * n for n in (2, 3, 4)}
-
-    def widths(op: str) -> dict[int, int]:
-        words = re.findall(rf"\b(?:global|buffer)_{op}_([a-z]+?(?:x\d)?)\b", text)
-        return Counter(sizes[word] for word in words)
-
-    return {
-        "registers": used["vgpr_count"],
-        "spilled": used["vgpr_spill_count"] + used["private_segment_fixed_size"],
-        "parked": used["sgpr_spill_count"],  # scalars in lanes of vector registers, not in memory
-        "loads": widths("load"),
-        "stores": widths("store"),
-    }
+    return row | machine_code.read(binary, target.backend)
 
 
 class Case(NamedTuple):

@@ -45,6 +45,11 @@ collect_ignore = [
 ]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "what `python tests/aot.py` printed, for test_aot.py to check instead of compiling"
+    parser.addoption("--aot_rows", type=Path, metavar="FILE", help=text)
+
+
 def pytest_report_header() -> list[str]:
     where = torch.cuda.get_device_name() if HAS_GPU else "Triton's interpreter"
     left_out = [f"not collected, for want of one of {NEEDS[n]}: {n}" for n in collect_ignore]

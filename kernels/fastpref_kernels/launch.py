@@ -22,7 +22,8 @@ INTERPRETED = not isinstance(pair.pair_fwd, triton.JITFunction)
 
 BLOCK = 1024  # elements that a program reads of each tensor at a time
 MAX_PROGRAMS = 1024  # fills a large GPU; more would only lengthen the last program's sum
-PAIRS, PARTS = 4, 32  # partial sums that the last program reads at a time; of one pair a thread
+PAIRS, PARTS = 4, 32  # partial sums of each kind that the last program reads at a time
+REVERSED = False  # whether backward starts at the last block
 INT32_ELEMENTS = 2**31 - BLOCK
 
 # One tensor, stacked or shared by the pair, and None; or winners and losers; or None and None.
@@ -166,7 +167,7 @@ def _plan_backward(swap: bool, *laid: Laid | None) -> Plan:
         arguments=(
             n_pairs, n_elements, n_programs, sizes, *strides,
             _form(pred, n_pairs, swap), _form(target, n_pairs, swap), _form(mask, n_pairs, swap),
-            wide, BLOCK,
+            wide, BLOCK, REVERSED,
         ),
         launchers={},
         scattered=_scattered(sizes, strides),

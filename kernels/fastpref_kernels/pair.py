@@ -109,19 +109,32 @@ def _together(values, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _sum_parts(
-    partials, kind, pair, n_pairs, n_programs, PAIRS: tl.constexpr, PARTS: tl.constexpr
+def _sums(
+    partials, pair, n_pairs, n_programs,
+    FIRST: tl.constexpr, KINDS: tl.constexpr, PAIRS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of one kind of some pairs, added in an order that does not depend on who came first."""
-    row = (kind * n_pairs + pair) * n_programs  # 32 bits: a pointer for each kind costs registers
-    total = tl.zeros([PAIRS, PARTS], tl.float32)
+    """The sums of some pairs of each kind from FIRST on, in an order that does not depend on who
+    came first. All kinds are read before any is added: a wait for the memory costs more than all
+    else here. More than four at a time take more registers than are left."""
+    totals = ()
+    for _ in tl.static_range(KINDS):
+        totals = totals + (tl.zeros([PAIRS, PARTS], tl.float32),)  # noqa: RUF005
     for first in range(0, n_programs, PARTS):
         part = first + tl.arange(0, PARTS)
         inside = (pair < n_pairs)[:, None] & (part < n_programs)[None, :]
+        row = (FIRST * n_pairs + pair) * n_programs
         pointers = partials + (row[:, None] + part[None, :])
-        # .cg: other programs wrote these during this launch; this processor's L1 may be stale
-        total += tl.load(pointers, mask=inside, other=0.0, cache_modifier=".cg")
-    return tl.sum(total, axis=1)
+        more = ()
+        for kind in tl.static_range(KINDS):
+            # .cg: other programs wrote these during this launch; this processor's L1 may be stale
+            read = tl.load(pointers, mask=inside, other=0.0, cache_modifier=".cg")
+            more = more + (totals[kind] + read,)  # noqa: RUF005
+            pointers += n_pairs * n_programs
+        totals = more
+    sums = ()
+    for kind in tl.static_range(KINDS):
+        sums = sums + (tl.sum(totals[kind], axis=1),)  # noqa: RUF005
+    return sums
 
 
 @triton.jit
@@ -143,24 +156,23 @@ def _finish(
     PAIRS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Errors -> link -> loss for all pairs, by the one program that arrived last."""
+    PAIRED: tl.constexpr = REF is not None and not REF_ERRORS
+    COUNTS: tl.constexpr = 0 if MASK is None or not MEAN else (1 if MASK == "shared" else 2)
+    GAPS: tl.constexpr = 2 + COUNTS
     total = tl.zeros([PAIRS], tl.float32)
     for first in range(0, n_pairs, PAIRS):
         pair = first + tl.arange(0, PAIRS)
         inside = pair < n_pairs
+        sums = _sums(partials, pair, n_pairs, n_programs, 0, GAPS, PAIRS, PARTS)
         size_w = tl.zeros([PAIRS], tl.float32) + n_elements
         size_l = size_w
         if not MEAN:
             size_w = tl.full([PAIRS], 1.0, tl.float32)
             size_l = size_w
         elif MASK is not None:
-            counts = 2 if REF is None or REF_ERRORS else 6
-            size_w = _sum_parts(partials, counts, pair, n_pairs, n_programs, PAIRS, PARTS)
-            size_l = size_w
-            if MASK != "shared":
-                size_l = _sum_parts(partials, counts + 1, pair, n_pairs, n_programs, PAIRS, PARTS)
-        sum_w = _sum_parts(partials, 0, pair, n_pairs, n_programs, PAIRS, PARTS)
-        sum_l = _sum_parts(partials, 1, pair, n_pairs, n_programs, PAIRS, PARTS)
-        err_w, err_l = _mean(sum_w, size_w, True), _mean(sum_l, size_l, True)
+            size_w = sums[2]
+            size_l = sums[GAPS - 1]
+        err_w, err_l = _mean(sums[0], size_w, True), _mean(sums[1], size_l, True)
         gap_w, gap_l = err_w, err_l
         if REF is not None:
             if REF_ERRORS:
@@ -170,12 +182,9 @@ def _finish(
                 gap_w -= of_ref_w
                 gap_l -= of_ref_l
             else:
-                sum_w = _sum_parts(partials, 2, pair, n_pairs, n_programs, PAIRS, PARTS)
-                sum_l = _sum_parts(partials, 3, pair, n_pairs, n_programs, PAIRS, PARTS)
-                gap_w, gap_l = _mean(sum_w, size_w), _mean(sum_l, size_l)
-                sum_w = _sum_parts(partials, 4, pair, n_pairs, n_programs, PAIRS, PARTS)
-                sum_l = _sum_parts(partials, 5, pair, n_pairs, n_programs, PAIRS, PARTS)
-                of_ref_w, of_ref_l = _mean(sum_w, size_w), _mean(sum_l, size_l)
+                sums = _sums(partials, pair, n_pairs, n_programs, GAPS, 4, PAIRS, PARTS)
+                gap_w, gap_l = _mean(sums[0], size_w), _mean(sums[1], size_l)
+                of_ref_w, of_ref_l = _mean(sums[2], size_w), _mean(sums[3], size_l)
             tl.store(stats + (5 * n_pairs + pair), of_ref_w, mask=inside)
             tl.store(stats + (6 * n_pairs + pair), of_ref_l, mask=inside)
             tl.store(stats + (7 * n_pairs + pair), gap_w, mask=inside)
@@ -295,16 +304,18 @@ def pair_fwd(
     mine = partials + tl.program_id(0)
     tl.store(mine, tl.sum(sum_w, axis=0))
     tl.store(mine + parts, tl.sum(sum_l, axis=0))
-    if PAIRED:
-        tl.store(mine + 2 * parts, tl.sum(gap_w, axis=0))
-        tl.store(mine + 3 * parts, tl.sum(gap_l, axis=0))
-        tl.store(mine + 4 * parts, tl.sum(ref_sum_w, axis=0))
-        tl.store(mine + 5 * parts, tl.sum(ref_sum_l, axis=0))
+    mine += 2 * parts
     if MASK is not None and MEAN:
-        counts = mine + (6 if PAIRED else 2) * parts
-        tl.store(counts, tl.sum(count_w, axis=0))
+        tl.store(mine, tl.sum(count_w, axis=0))
+        mine += parts
         if MASK != "shared":
-            tl.store(counts + parts, tl.sum(count_l, axis=0))
+            tl.store(mine, tl.sum(count_l, axis=0))
+            mine += parts
+    if PAIRED:
+        tl.store(mine, tl.sum(gap_w, axis=0))
+        tl.store(mine + parts, tl.sum(gap_l, axis=0))
+        tl.store(mine + 2 * parts, tl.sum(ref_sum_w, axis=0))
+        tl.store(mine + 3 * parts, tl.sum(ref_sum_l, axis=0))
     if tl.atomic_add(ticket, 1, sem="acq_rel") == parts - 1:
         _finish(
             loss, stats, partials, ref_w, ref_l, values, tensors, strides,
@@ -330,26 +341,29 @@ def pair_bwd(
     huber, grad_stride, n_pairs, n_elements, n_programs,
     sizes, pred_strides, target_strides, mask_strides, grad_strides,
     PRED: tl.constexpr, TARGET: tl.constexpr, MASK: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr, REVERSED: tl.constexpr,
 ):  # fmt: skip
     """grad = grad_loss * factor * (pred - target) in one launch.
 
     A half whose grad is None is neither read nor written. grad_stride: 1 for one grad_loss a pair.
+    REVERSED: from the last block to the first; the last are what forward left in the L2 cache.
     """
     HUBER: tl.constexpr = len(huber) > 0
     pair = tl.program_id(0) // n_programs
     part = tl.program_id(0) % n_programs
     row_target_w = _start(target_w, _row_w(pair, n_pairs, TARGET), target_strides[0], n_elements)
     row_target_l = _start(target_l, _row_l(pair, n_pairs, TARGET), target_strides[1], n_elements)
-    scale = tl.load(grad_loss + pair * grad_stride).to(tl.float32)
-    scale_w = scale * tl.load(stats + 3 * n_pairs + pair)
-    scale_l = scale * tl.load(stats + 4 * n_pairs + pair)
+    factor_w = tl.load(stats + 3 * n_pairs + pair)
+    factor_l = tl.load(stats + 4 * n_pairs + pair)
     c = _huber(huber) if HUBER else 0.0
     lane = tl.arange(0, BLOCK)
-    for block in range(part, (n_elements - 1) // BLOCK + 1, n_programs):  # n + BLOCK may overflow
+    last = (n_elements - 1) // BLOCK  # n + BLOCK may overflow
+    for round in range(part, last + 1, n_programs):
+        block = last - round if REVERSED else round
         start = tl.full([], block, tl.int64 if WIDE else tl.int32) * BLOCK
         inside = start + lane < n_elements
-        # all loads before the first store, so that the memory answers them together
+        # All loads before the first store, so that the memory answers them together. That of
+        # grad_loss is among them because the factors, else, would be waited for before the loop.
         goal_w = _load(row_target_w, start, lane, inside, sizes, target_strides[0])
         goal_l = goal_w
         weight_w = None
@@ -369,11 +383,12 @@ def pair_bwd(
                 weight_l = _load(row, start, lane, inside, sizes, mask_strides[1])
             row = _start(pred_l, _row_l(pair, n_pairs, PRED), pred_strides[1], n_elements)
             of_l = _load(row, start, lane, inside, sizes, pred_strides[1])
+        scale = tl.load(grad_loss + pair * grad_stride).to(tl.float32)
         if grad_w is not None:
             row = _start(grad_w, _row_w(pair, n_pairs, PRED), grad_strides[0], n_elements)
-            value = _slope(of_w - goal_w, scale_w, weight_w, c, HUBER)
+            value = _slope(of_w - goal_w, scale * factor_w, weight_w, c, HUBER)
             _store(row, start, lane, inside, sizes, grad_strides[0], value)
         if grad_l is not None:
             row = _start(grad_l, _row_l(pair, n_pairs, PRED), grad_strides[1], n_elements)
-            value = _slope(of_l - goal_l, scale_l, weight_l, c, HUBER)
+            value = _slope(of_l - goal_l, scale * factor_l, weight_l, c, HUBER)
             _store(row, start, lane, inside, sizes, grad_strides[1], value)
