@@ -156,7 +156,6 @@ def _finish(
     PAIRS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Errors -> link -> loss for all pairs, by the one program that arrived last."""
-    PAIRED: tl.constexpr = REF is not None and not REF_ERRORS
     COUNTS: tl.constexpr = 0 if MASK is None or not MEAN else (1 if MASK == "shared" else 2)
     GAPS: tl.constexpr = 2 + COUNTS
     total = tl.zeros([PAIRS], tl.float32)
