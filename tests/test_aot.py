@@ -102,7 +102,7 @@ def test_elements_move_in_vectors(rows: list[dict[str, Any]]) -> None:
 
 def test_a_block_is_loaded_at_once(rows: list[dict[str, Any]]) -> None:
     """A round of the loop over blocks waits for the memory once, before it stores anything, and
-    nothing passes from thread to thread. For six operands or a pseudo-Huber error it may wait twice,
+    nothing passes from thread to thread. For six operands or pseudo-Huber errors it may wait twice,
     for want of registers. AMD's compiler moves the load of a mask to where it likes."""
     for row in (row for row in rows if row["layout"] != "channels_last"):
         loop = row["loops"][0]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,6 +123,37 @@ def test_graphs_replayed_at_once() -> None:
     graphs[0].replay()
     torch.cuda.synchronize()
     assert torch.equal(outputs[0][0], wanted[1][0])
+
+
+def test_a_training_step_in_a_graph() -> None:
+    """docs/recipes.md, as it stands there, against the same steps without a graph."""
+    text = (Path(__file__).resolve().parent.parent / "docs" / "recipes.md").read_text()
+    (recipe,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    warm_up, replayed = 3, 4
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda", generator=generator)
+
+    batches = [{"noisy": randn(4, 4, 32, 32), "target": randn(2, 4, 32, 32)} for _ in range(4)]
+    model = torch.nn.Conv2d(4, 4, 3, padding=1).cuda()
+    twin = copy.deepcopy(model)
+    names: dict[str, Any] = {
+        "torch": torch, "fastpref": fastpref, "batches": batches, "model": model,
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=True),
+        "noisy": batches[0]["noisy"].clone(), "target": batches[0]["target"].clone(),
+        "beta": torch.tensor(0.1, device="cuda"),
+    }  # fmt: skip
+    exec(recipe, names)
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-3, capturable=True)
+    for batch in [batches[0]] * warm_up + batches[:replayed]:
+        out = fastpref.mapo_loss(twin(batch["noisy"]), batch["target"], beta=names["beta"])
+        optimizer.zero_grad(set_to_none=False)
+        out.loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(names["out"].loss, out.loss)
+    torch.testing.assert_close(names["out"].margin, out.margin)
+    torch.testing.assert_close(model.weight, twin.weight)
 
 
 def test_reduce_overhead() -> None:
