@@ -32,6 +32,8 @@ def intercepted(*tensors: Tensor | None) -> bool:
         return True
     if torch._C._len_torch_dispatch_stack() > 0:
         return True
+    if not tensors:
+        return False
     return not {*map(type, tensors)} <= _PLAIN and any(map(dispatches_itself, tensors))
 
 

@@ -16,7 +16,8 @@ Halves: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 Scalar: TypeAlias = "float | Tensor"
 Operand: TypeAlias = "tuple[Tensor | None, Tensor | None]"
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_KERNELS_TAKE = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = (*_KERNELS_TAKE, torch.float64)
 
 
 class Pairs(NamedTuple):
@@ -48,9 +49,6 @@ class Pairs(NamedTuple):
 
 
 _ABSENT: Operand = (None, None)
-_is_nested = Tensor.is_nested.__get__  # type: ignore[attr-defined]
-
-_passed: dict[Any, tuple[int, bool]] = {}  # n_pairs and wide, by all that a check looks at
 
 
 def check_pairs(
@@ -61,28 +59,15 @@ def check_pairs(
     mask: Halves | None = None,
     swap: bool = False,
 ) -> Pairs:
-    """Raises TypeError or ValueError that names the argument, what came, and what is needed.
-
-    Tensors alone, without halves or masks, pass if such have passed before.
-    """
+    """Raises TypeError or ValueError that names the argument, what came, and what is needed."""
     if swap is not True and swap is not False:
         raise TypeError(f"swap must be True or False, got a {type(swap).__name__}")
-    given: Any = (model_pred, target) if ref_pred is None else (model_pred, target, ref_pred)
-    key, ref, masks = None, _ABSENT, _ABSENT
-    alone = ref_mse is None and mask is None and not intercepted()
-    if (
-        alone
-        and {*map(type, given)} == {Tensor}
-        and not any(map(Tensor.is_neg, given))
-        and not any(map(_is_nested, given))
-    ):
-        such = [(t.shape, t.dtype, t.device, t.layout, t.requires_grad) for t in given]
-        key = (torch.is_grad_enabled(), *such)
-        if passed := _passed.get(key):
-            n_pairs, wide = passed
-            pred, goal, *_ = given
-            ref = _ABSENT if ref_pred is None else (given[2], None)
-            return Pairs((pred, None), (goal, None), ref, masks, n_pairs, wide, swap, False)
+    ref, masks = _ABSENT, _ABSENT
+    if ref_mse is None and mask is None and not intercepted():
+        n_pairs = _usual_pairs(model_pred, target, ref_pred)
+        if n_pairs:
+            whole = (model_pred, None), (target, None), (ref_pred, None), masks
+            return Pairs._make((*whole, n_pairs, False, swap, False))
     pred_w, pred_l = _operand("model_pred", model_pred)
     n_samples, *sample = pred_w.shape
     if pred_w.numel() == 0:
@@ -120,15 +105,45 @@ def check_pairs(
     shared = target_l is target_w
     operands = (pred_w, pred_l, target_w, target_l, *(ref if ref_pred is not None else ()))
     wide = any(t is not None and t.dtype == torch.float64 for t in operands)
-    if key is not None:
-        if len(_passed) >= 4096:
-            _passed.clear()
-        _passed[key] = n_pairs, wide
     target_l = None if shared else target_l
     python_first = intercepted(*operands, *ref, *masks)
     return Pairs(
         (pred_w, pred_l), (target_w, target_l), ref, masks, n_pairs, wide, swap, python_first
     )
+
+
+def _usual_pairs(pred: Any, target: Any, ref: Any) -> int:
+    """The number of pairs of whole tensors in which nothing needs a closer look, as at most steps;
+    or else 0. Every step pays for this, so it is written out."""
+    if type(pred) is not Tensor or type(target) is not Tensor:
+        return 0
+    if pred.is_nested or target.is_nested or pred.is_neg() or target.is_neg():
+        return 0
+    shape, of_target, device = pred.shape, target.shape, pred.device
+    n_samples = shape[0] if len(shape) > 1 and pred.numel() else 0
+    if (
+        n_samples % 2
+        or (of_target != shape and of_target != (n_samples // 2, *shape[1:]))
+        or pred.dtype not in _KERNELS_TAKE
+        or target.dtype not in _KERNELS_TAKE
+        or pred.layout is not torch.strided
+        or target.layout is not torch.strided
+        or target.device != device
+        or target.requires_grad
+    ):
+        return 0
+    if ref is not None and (
+        type(ref) is not Tensor
+        or ref.is_nested
+        or ref.is_neg()
+        or ref.shape != shape
+        or ref.dtype not in _KERNELS_TAKE
+        or ref.layout is not torch.strided
+        or ref.device != device
+        or ref.requires_grad
+    ):
+        return 0
+    return n_samples // 2
 
 
 def check_errors(mse: Halves, ref_mse: Halves | None) -> tuple[Operand, Operand, int]:

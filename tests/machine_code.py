@@ -113,7 +113,7 @@ def _amd(asm: Any) -> tuple[list[Instruction], dict[str, Any]]:
     sizes = {"byte": 1, "ubyte": 1, "short": 2, "ushort": 2, "dword": 4}
     sizes |= {f"dwordx{n}": 4 * n for n in (2, 3, 4)}
     code, label = [], ""
-    for line in text[: text.index("s_endpgm")].splitlines():
+    for line in text[: text.index(".Lfunc_end")].splitlines():
         if match := re.match(r"(\.LBB\w+):", line):
             label = match[1]
         elif match := re.match(r"\t([a-z]\w+.*)", line):

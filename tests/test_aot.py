@@ -102,8 +102,9 @@ def test_elements_move_in_vectors(rows: list[dict[str, Any]]) -> None:
 
 def test_a_block_is_loaded_at_once(rows: list[dict[str, Any]]) -> None:
     """A round of the loop over blocks waits for the memory once, before it stores anything, and
-    nothing passes from thread to thread. For six operands or pseudo-Huber errors it may wait twice,
-    for want of registers. AMD's compiler moves the load of a mask to where it likes."""
+    nothing passes from thread to thread. For six operands, five of half precision or pseudo-Huber
+    errors it may wait twice, for want of registers. AMD's compiler moves the load of a mask to
+    where it likes."""
     for row in (row for row in rows if row["layout"] != "channels_last"):
         loop = row["loops"][0]
         of_grad = row["kernel"] == "pair_bwd"  # grad_loss; AMD has scalar loads for such
@@ -111,7 +112,7 @@ def test_a_block_is_loaded_at_once(rows: list[dict[str, Any]]) -> None:
         if row["mask"] and row["target"] == "gfx942":
             continue
         assert sum(loop["groups"]) in (operands(row), operands(row) + of_grad), case(row)
-        few = operands(row) < 6 and not row["huber"]
+        few = operands(row) < (6 if row["pred"] == "fp32" else 5) and not row["huber"]
         assert len(loop["groups"]) <= (1 if few else 2), case(row)
         assert "SL" not in loop["order"], case(row)
 
