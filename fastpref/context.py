@@ -52,7 +52,7 @@ _PLAIN = {Tensor, type(None)}
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Autocast turned off, on devices that have it (meta has not)."""
-    if torch.amp.is_autocast_available(device.type):
+    """Autocast turned off, where it is on."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -286,7 +286,7 @@ def losses_from_errors(
         if ref[0] is not None:
             ref_w, ref_l = (e.to(dtype) for e in halves(ref, n_pairs, swap))
             gap_w, gap_l = err_w - ref_w, err_l - ref_l
-        per_pair, margin = pair_losses(chosen, (err_w, err_l), (gap_w, gap_l), numbers)
+        per_pair, _, _, margin = pair_losses(chosen, (err_w, err_l), (gap_w, gap_l), numbers)
     loss = reference.reduce(per_pair, reduction)
     results = [(err_w, err_l)]
     if ref[0] is not None:

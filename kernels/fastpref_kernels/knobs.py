@@ -1,4 +1,4 @@
-"""The weights that every loss shares, around its link, in both dialects.
+"""The weights that every loss shares, around its link.
 
     score_w = logit_scale * score(err_w),   score_l = logit_scale * loser_weight * score(err_l)
     margin  = score_w - score_l
@@ -15,11 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from .links import BELOW_HALF, FINITE, NOT_NEGATIVE, NOTHING, Hyper, Link
-from .special import jit, times, times_jit, tl
+from .special import in_torch, jit, times, tl
 
 # In the order in which they follow a link's hyper-parameters: all of them, or none where all have
 # these values. sft_weight's is the link's.
@@ -33,29 +30,6 @@ KNOBS: dict[str, Hyper] = {
     "sample_weight_w": Hyper(1.0, NOT_NEGATIVE),
     "sample_weight_l": Hyper(1.0, NOT_NEGATIVE),
 }
-
-
-def pair_losses(
-    link: Link, errors: tuple[Tensor, Tensor], gaps: tuple[Tensor, Tensor], scalars: Sequence[Any]
-) -> tuple[Tensor, Tensor]:
-    """(loss, margin), (B,) each, from (B,) errors and gaps of winners and losers; in torch."""
-    of_score, of_shape, knobs = _split(link, scalars)
-    if not knobs:
-        both = torch.stack(errors)  # half as many small operations
-        both_gaps = torch.stack(gaps) if link.score.needs_ref else both
-        score_w, score_l = link.score.torch(both, both_gaps, *of_score)
-        loss = link.shape.torch(score_w, score_l, *of_shape)
-        return loss + link.sft_weight * errors[0] if link.sft_weight else loss, score_w - score_l
-    scale, loser, weight, smoothing, sft, prior, *of_sample = knobs
-    err_w, err_l = (times(w, err) for w, err in zip(of_sample, errors, strict=True))
-    gap_w, gap_l = (times(w, gap) for w, gap in zip(of_sample, gaps, strict=True))
-    score_w = times(scale, link.score.torch(err_w, gap_w, *of_score))
-    score_l = times(loser, times(scale, link.score.torch(err_l, gap_l, *of_score)))
-    loss = (1.0 - smoothing) * link.shape.torch(score_w, score_l, *of_shape)
-    if isinstance(smoothing, Tensor) or smoothing:
-        loss = loss + times(smoothing, link.shape.torch(score_l, score_w, *of_shape))
-    loss = loss + times(sft, err_w) + times(prior, err_l)
-    return times(weight, loss), score_w - score_l
 
 
 class Live(NamedTuple):
@@ -110,20 +84,31 @@ def pair_losses_jit(  # type: ignore[no-untyped-def]
     else:
         scale, loser, weight = knobs[0], knobs[1], knobs[2]
         smoothing, sft, prior = knobs[3], knobs[4], knobs[5]
-        err_w = times_jit(knobs[6], err_w)
-        err_l = times_jit(knobs[7], err_l)
-        score_w, pull_w = SCORE(err_w, times_jit(knobs[6], gap_w), *of_score)
-        score_l, pull_l = SCORE(err_l, times_jit(knobs[7], gap_l), *of_score)
-        score_w = times_jit(scale, score_w)
-        score_l = times_jit(loser, times_jit(scale, score_l))
+        err_w = times(knobs[6], err_w)
+        err_l = times(knobs[7], err_l)
+        score_w, pull_w = SCORE(err_w, times(knobs[6], gap_w), *of_score)
+        score_l, pull_l = SCORE(err_l, times(knobs[7], gap_l), *of_score)
+        score_w = times(scale, score_w)
+        score_l = times(loser, times(scale, score_l))
         loss, slope_w, slope_l = SHAPE(score_w, score_l, *of_shape)
         other, other_l, other_w = SHAPE(score_l, score_w, *of_shape)
-        loss = (1.0 - smoothing) * loss + times_jit(smoothing, other)
-        slope_w = (1.0 - smoothing) * slope_w + times_jit(smoothing, other_w)
-        slope_l = (1.0 - smoothing) * slope_l + times_jit(smoothing, other_l)
-        loss += times_jit(sft, err_w) + times_jit(prior, err_l)
-        slope_w = times_jit(scale, slope_w * pull_w) + sft
-        slope_l = times_jit(loser, times_jit(scale, slope_l * pull_l)) + prior
-        slope_w = times_jit(weight, times_jit(knobs[6], slope_w))
-        slope_l = times_jit(weight, times_jit(knobs[7], slope_l))
-        return times_jit(weight, loss), slope_w, slope_l, score_w - score_l
+        loss = (1.0 - smoothing) * loss + times(smoothing, other)
+        slope_w = (1.0 - smoothing) * slope_w + times(smoothing, other_w)
+        slope_l = (1.0 - smoothing) * slope_l + times(smoothing, other_l)
+        loss += times(sft, err_w) + times(prior, err_l)
+        slope_w = times(scale, slope_w * pull_w) + sft
+        slope_l = times(loser, times(scale, slope_l * pull_l)) + prior
+        slope_w = times(weight, times(knobs[6], slope_w))
+        slope_l = times(weight, times(knobs[7], slope_l))
+        return times(weight, loss), slope_w, slope_l, score_w - score_l
+
+
+_in_torch = in_torch(pair_losses_jit)
+
+
+def pair_losses(
+    link: Link, errors: tuple[Any, Any], gaps: tuple[Any, Any], scalars: Sequence[Any]
+) -> tuple[Any, Any, Any, Any]:
+    """The same on tensors, (B,) each, or on floats."""
+    parts = tuple(tuple(part) for part in _split(link, scalars))
+    return _in_torch(*errors, *gaps, *parts, link.score.torch, link.shape.torch, link.sft_weight)

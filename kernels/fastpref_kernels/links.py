@@ -1,4 +1,5 @@
-"""The links of all losses, each in two dialects: the torch value, and the Triton value with slopes.
+"""The links of all losses, each written once: its value with its slopes, as a Triton function that
+is also run on tensors (see `special.in_torch`).
 
 A link is a *score* and a *shape*. The score says how good a sample is from its error `err` and,
 where there is a reference model, `gap` = err - the reference's error; the shape makes the loss of
@@ -6,6 +7,7 @@ the pair from the scores of winner and loser, whose difference is the margin (> 
 preferred). To add a loss: write what it needs of both, enter it in `LINKS`, publish a function in
 `fastpref/losses.py`, and write its published formula down in `tests/oracles.py`.
 """
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
@@ -14,22 +16,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from .special import (
+    in_torch,
     jit,
     log1p,
     power_gap,
-    power_gap_jit,
-    psi,
     psi_and_slope,
-    sigmoid,
     sigmoids,
     softplus_and_slope,
     times,
-    times_jit,
     tl,
 )
 
@@ -66,25 +61,30 @@ class Hyper(NamedTuple):
     interval: Interval = POSITIVE
 
 
-class Score(NamedTuple):
-    """torch: (err, gap, *hyper) -> score. triton: the same -> (score, slope), a jit function on
-    fp32. The slope is that by whichever of err and gap the score takes; a gap moves as its error
-    does, the reference being a constant. weight: the factor among the hyper-parameters that
-    switches a pair off where it is 0."""
+@dataclass(frozen=True, eq=False)
+class _Text:
+    """triton: a jit function. torch: the same text on tensors, as `in_torch` translates it."""
 
-    torch: Callable[..., Tensor]
     triton: Any
-    hyper: Mapping[str, Hyper] = {}
+    hyper: Mapping[str, Hyper] = field(default_factory=dict)
+    torch: Callable[..., Any] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "torch", in_torch(self.triton))
+
+
+@dataclass(frozen=True, eq=False)
+class Score(_Text):
+    """(err, gap, *hyper) -> (score, slope). The slope is that by whichever of err and gap the score
+    takes; a gap moves as its error does, the reference being a constant. weight: the factor among
+    the hyper-parameters that switches a pair off where it is 0."""
+
     needs_ref: bool = False
     weight: Callable[..., Any] = lambda *hyper: 1.0
 
 
-class Shape(NamedTuple):
-    """torch: (score_w, score_l, *hyper) -> loss. triton: the same -> (loss, slope_w, slope_l)."""
-
-    torch: Callable[..., Tensor]
-    triton: Any
-    hyper: Mapping[str, Hyper] = {}
+class Shape(_Text):
+    """(score_w, score_l, *hyper) -> (loss, slope_w, slope_l)."""
 
 
 _by_key: dict[str, Link] = {}
@@ -166,62 +166,51 @@ def register_link(name: str, link: Link) -> None:
 
 
 @jit
-def _error_jit(err, gap):  # type: ignore[no-untyped-def]
+def _error(err, gap):
     return -err, -1.0
 
 
 @jit
-def _beta_error_jit(err, gap, beta):  # type: ignore[no-untyped-def]
+def _beta_error(err, gap, beta):
     return -beta * err, -beta
 
 
 @jit
-def _gap_jit(err, gap):  # type: ignore[no-untyped-def]
+def _gap(err, gap):
     return -gap, -1.0
 
 
 @jit
-def _beta_gap_jit(err, gap, beta):  # type: ignore[no-untyped-def]
+def _beta_gap(err, gap, beta):
     return -beta * gap, -beta
 
 
 @jit
-def _half_beta_gap_jit(err, gap, beta):  # type: ignore[no-untyped-def]
+def _half_beta_gap(err, gap, beta):
     return -0.5 * beta * gap, -0.5 * beta
 
 
-def _mapo(err: Tensor, gap: Tensor, snr: Any, num_train_timesteps: Any) -> Tensor:
-    return -num_train_timesteps * psi(snr * err)
-
-
 @jit
-def _mapo_jit(err, gap, snr, num_train_timesteps):  # type: ignore[no-untyped-def]
+def _mapo(err, gap, snr, num_train_timesteps):
     value, slope = psi_and_slope(snr * err)
     return -num_train_timesteps * value, -num_train_timesteps * snr * slope
 
 
-def _smoothed_gap(err: Tensor, gap: Tensor, beta: Any, gamma: Any, prob: Any) -> Tensor:
-    return -0.5 * beta * gamma * times(2.0 * prob - 1.0, gap)
-
-
 @jit
-def _smoothed_gap_jit(err, gap, beta, gamma, prob):  # type: ignore[no-untyped-def]
+def _smoothed_gap(err, gap, beta, gamma, prob):
     scale = -0.5 * beta * gamma * (2.0 * prob - 1.0)
-    return times_jit(scale, gap), scale
+    return times(scale, gap), scale
 
 
 BETA = {"beta": Hyper(5000.0)}
-ERROR = Score(lambda err, gap: -err, _error_jit)
-BETA_ERROR = Score(lambda err, gap, beta: -beta * err, _beta_error_jit, BETA)
-MAPO = Score(_mapo, _mapo_jit, {"snr": Hyper(0.5), "num_train_timesteps": Hyper(1000.0)})
-GAP = Score(lambda err, gap: -gap, _gap_jit, needs_ref=True)
-BETA_GAP = Score(lambda err, gap, beta: -beta * gap, _beta_gap_jit, BETA, needs_ref=True)
-HALF_BETA_GAP = Score(
-    lambda err, gap, beta: -0.5 * beta * gap, _half_beta_gap_jit, BETA, needs_ref=True
-)
+ERROR = Score(_error)
+BETA_ERROR = Score(_beta_error, BETA)
+MAPO = Score(_mapo, {"snr": Hyper(0.5), "num_train_timesteps": Hyper(1000.0)})
+GAP = Score(_gap, needs_ref=True)
+BETA_GAP = Score(_beta_gap, BETA, needs_ref=True)
+HALF_BETA_GAP = Score(_half_beta_gap, BETA, needs_ref=True)
 SMOOTHED_GAP = Score(
     _smoothed_gap,
-    _smoothed_gap_jit,
     BETA | {"gamma": Hyper(10.0), "prob": Hyper(None, UNIT)},
     needs_ref=True,
     weight=lambda beta, gamma, prob: 2.0 * prob - 1.0,
@@ -231,99 +220,59 @@ SMOOTHED_GAP = Score(
 # Shapes: w and l are the scores ------------------------------------------------------------------
 
 
-def _nothing(w: Tensor, l: Tensor) -> Tensor:
-    return times(0.0, w) + times(0.0, l)
-
-
 @jit
-def _nothing_jit(w, l):  # type: ignore[no-untyped-def]
+def _nothing(w, l):
     return tl.zeros_like(w), 0.0, 0.0
 
 
-def _log_sigmoid(w: Tensor, l: Tensor) -> Tensor:
-    return -F.logsigmoid(w - l)
-
-
 @jit
-def _log_sigmoid_jit(w, l):  # type: ignore[no-untyped-def]
+def _log_sigmoid(w, l):
     loss, factor = softplus_and_slope(l - w)
     return loss, -factor, factor
 
 
-def _beta_log_sigmoid(w: Tensor, l: Tensor, beta: Any) -> Tensor:
-    return -beta * F.logsigmoid(w - l)
-
-
 @jit
-def _beta_log_sigmoid_jit(w, l, beta):  # type: ignore[no-untyped-def]
+def _beta_log_sigmoid(w, l, beta):
     loss, factor = softplus_and_slope(l - w)
     return beta * loss, -beta * factor, beta * factor
 
 
-def _margin_log_sigmoid(w: Tensor, l: Tensor, gamma: Any) -> Tensor:
-    return -F.logsigmoid(w - l - gamma)
-
-
 @jit
-def _margin_log_sigmoid_jit(w, l, gamma):  # type: ignore[no-untyped-def]
+def _margin_log_sigmoid(w, l, gamma):
     loss, factor = softplus_and_slope(l - w + gamma)
     return loss, -factor, factor
 
 
-def _robust(w: Tensor, l: Tensor, label_smoothing: Any) -> Tensor:
-    extra = label_smoothing / (1.0 - 2.0 * label_smoothing)
-    return -F.logsigmoid(w - l) + times(extra, l - w)
-
-
 @jit
-def _robust_jit(w, l, label_smoothing):  # type: ignore[no-untyped-def]
+def _robust(w, l, label_smoothing):
     loss, factor = softplus_and_slope(l - w)
     extra = label_smoothing / (1.0 - 2.0 * label_smoothing)
     slope = factor + extra
-    return loss + times_jit(extra, l - w), -slope, slope
-
-
-def _hinge(w: Tensor, l: Tensor) -> Tensor:
-    return F.relu(1.0 - (w - l))
+    return loss + times(extra, l - w), -slope, slope
 
 
 @jit
-def _hinge_jit(w, l):  # type: ignore[no-untyped-def]
+def _hinge(w, l):
     slack = 1.0 - (w - l)
-    inside = tl.where(slack <= 0.0, 0.0, 1.0)  # not slack > 0: NaN stays NaN
-    return tl.where(slack <= 0.0, 0.0, slack), -inside, inside
-
-
-def _ipo(w: Tensor, l: Tensor, beta: Any) -> Tensor:
-    return (w - l - 0.5 / beta).square()
+    none = tl.zeros_like(slack)
+    inside = tl.where(slack <= 0.0, none, 1.0)  # not slack > 0: NaN stays NaN
+    return tl.where(slack <= 0.0, none, slack), -inside, inside
 
 
 @jit
-def _ipo_jit(w, l, beta):  # type: ignore[no-untyped-def]
+def _ipo(w, l, beta):
     off = w - l - 0.5 / beta
     return off * off, 2.0 * off, -2.0 * off
 
 
-def _calibrated(w: Tensor, l: Tensor, delta: Any) -> Tensor:
-    return (delta - (w - l)).square()
-
-
 @jit
-def _calibrated_jit(w, l, delta):  # type: ignore[no-untyped-def]
+def _calibrated(w, l, delta):
     off = delta - (w - l)
     return off * off, -2.0 * off, 2.0 * off
 
 
-def _exo(w: Tensor, l: Tensor, label_smoothing: Any) -> Tensor:
-    margin = (w - l).clamp(-700.0, 700.0)  # beyond it sigmoid is 0 or 1, and 0 * inf is not 0
-    p, q = sigmoid(margin), torch.zeros_like(margin) + label_smoothing
-    return p * (F.logsigmoid(margin) - torch.log1p(-q)) + sigmoid(-margin) * (
-        F.logsigmoid(-margin) - torch.log(q)
-    )
-
-
 @jit
-def _exo_jit(w, l, label_smoothing):  # type: ignore[no-untyped-def]
+def _exo(w, l, label_smoothing):
     margin = w - l
     margin = tl.where(margin > 700.0, 700.0, tl.where(margin < -700.0, -700.0, margin))
     p, rest = sigmoids(margin)
@@ -336,109 +285,77 @@ def _exo_jit(w, l, label_smoothing):  # type: ignore[no-untyped-def]
     return p * (-lost - log_other) + rest * (-won - (log_other + log_odds)), slope, -slope
 
 
-def _nca(w: Tensor, l: Tensor) -> Tensor:
-    return -F.logsigmoid(w) - 0.5 * F.logsigmoid(-w) - 0.5 * F.logsigmoid(-l)
-
-
 @jit
-def _nca_jit(w, l):  # type: ignore[no-untyped-def]
+def _nca(w, l):
     won, factor = softplus_and_slope(-w)
     high_w, slope_w = softplus_and_slope(w)
     high_l, slope_l = softplus_and_slope(l)
     return won + 0.5 * high_w + 0.5 * high_l, 0.5 * slope_w - factor, 0.5 * slope_l
 
 
-def _bco(w: Tensor, l: Tensor) -> Tensor:
-    return -F.logsigmoid(w) - F.logsigmoid(-l)
-
-
 @jit
-def _bco_jit(w, l):  # type: ignore[no-untyped-def]
+def _bco(w, l):
     loss_w, factor_w = softplus_and_slope(-w)
     loss_l, factor_l = softplus_and_slope(l)
     return loss_w + loss_l, -factor_w, factor_l
 
 
-def _sppo(w: Tensor, l: Tensor, beta: Any) -> Tensor:
-    return (w - 0.5 / beta).square() + (l + 0.5 / beta).square()
-
-
 @jit
-def _sppo_jit(w, l, beta):  # type: ignore[no-untyped-def]
+def _sppo(w, l, beta):
     off_w = w - 0.5 / beta
     off_l = l + 0.5 / beta
     return off_w * off_w + off_l * off_l, 2.0 * off_w, 2.0 * off_l
 
 
-def _apo_zero(w: Tensor, l: Tensor) -> Tensor:
-    return sigmoid(-w) + sigmoid(l)
-
-
 @jit
-def _apo_zero_jit(w, l):  # type: ignore[no-untyped-def]
+def _apo_zero(w, l):
     p_w, rest_w = sigmoids(w)
     p_l, rest_l = sigmoids(l)
     return rest_w + p_l, -p_w * rest_w, p_l * rest_l
 
 
-def _apo_down(w: Tensor, l: Tensor) -> Tensor:
-    return sigmoid(w) + sigmoid(l - w)
-
-
 @jit
-def _apo_down_jit(w, l):  # type: ignore[no-untyped-def]
+def _apo_down(w, l):
     p_w, rest_w = sigmoids(w)
     p, rest = sigmoids(w - l)
     return p_w + rest, p_w * rest_w - p * rest, p * rest
 
 
-def _alpha(w: Tensor, l: Tensor, alpha: Any) -> Tensor:
-    margin = w - l
-    b = torch.zeros_like(margin) + (alpha - 1.0)
-    return (power_gap(F.logsigmoid(margin), b) + sigmoid(-margin)) / alpha
-
-
 @jit
-def _alpha_jit(w, l, alpha):  # type: ignore[no-untyped-def]
+def _alpha(w, l, alpha):
     lost, rest = softplus_and_slope(l - w)
-    gap = power_gap_jit(-lost, alpha - 1.0)
+    gap = power_gap(-lost, alpha - 1.0)
     return (gap + rest) / alpha, rest * gap, -rest * gap
 
 
-def _budget(w: Tensor, l: Tensor, budget: Any, budget_weight: Any) -> Tensor:
-    return -F.logsigmoid(w - l) + times(budget_weight, F.relu(-w - budget))
-
-
 @jit
-def _budget_jit(w, l, budget, budget_weight):  # type: ignore[no-untyped-def]
+def _budget(w, l, budget, budget_weight):
     loss, factor = softplus_and_slope(l - w)
     over = -w - budget
-    slope = tl.where(over <= 0.0, 0.0, budget_weight)
-    over = tl.where(over <= 0.0, 0.0, over)
-    return loss + times_jit(budget_weight, over), -factor - slope, factor
+    none = tl.zeros_like(over)
+    slope = tl.where(over <= 0.0, none, budget_weight)
+    over = tl.where(over <= 0.0, none, over)
+    return loss + times(budget_weight, over), -factor - slope, factor
 
 
-NOTHING = Shape(_nothing, _nothing_jit)
-LOG_SIGMOID = Shape(_log_sigmoid, _log_sigmoid_jit)
-BETA_LOG_SIGMOID = Shape(_beta_log_sigmoid, _beta_log_sigmoid_jit, {"beta": Hyper(0.1)})
-MARGIN_LOG_SIGMOID = Shape(
-    _margin_log_sigmoid, _margin_log_sigmoid_jit, {"gamma": Hyper(0.5, NOT_NEGATIVE)}
-)
-ROBUST = Shape(_robust, _robust_jit, {"label_smoothing": Hyper(0.0, BELOW_HALF)})
-HINGE = Shape(_hinge, _hinge_jit)
-IPO = Shape(_ipo, _ipo_jit, BETA)
-CALIBRATED = Shape(_calibrated, _calibrated_jit, {"delta": Hyper(None, FINITE)})
-EXO = Shape(_exo, _exo_jit, {"label_smoothing": Hyper(None, Interval(0.0, 0.5))})
-DMPO = Shape(_exo, _exo_jit, {"alpha": Hyper(0.01, Interval(0.0, 0.5))})
-NCA = Shape(_nca, _nca_jit)
-BCO = Shape(_bco, _bco_jit)
-SPPO = Shape(_sppo, _sppo_jit, BETA)
-APO_ZERO = Shape(_apo_zero, _apo_zero_jit)
-APO_DOWN = Shape(_apo_down, _apo_down_jit)
-ALPHA = Shape(_alpha, _alpha_jit, {"alpha": Hyper(0.9999)})
+NOTHING = Shape(_nothing)
+LOG_SIGMOID = Shape(_log_sigmoid)
+BETA_LOG_SIGMOID = Shape(_beta_log_sigmoid, {"beta": Hyper(0.1)})
+MARGIN_LOG_SIGMOID = Shape(_margin_log_sigmoid, {"gamma": Hyper(0.5, NOT_NEGATIVE)})
+ROBUST = Shape(_robust, {"label_smoothing": Hyper(0.0, BELOW_HALF)})
+HINGE = Shape(_hinge)
+IPO = Shape(_ipo, BETA)
+CALIBRATED = Shape(_calibrated, {"delta": Hyper(None, FINITE)})
+EXO = Shape(_exo, {"label_smoothing": Hyper(None, Interval(0.0, 0.5))})
+DMPO = Shape(_exo, {"alpha": Hyper(0.01, Interval(0.0, 0.5))})
+NCA = Shape(_nca)
+BCO = Shape(_bco)
+SPPO = Shape(_sppo, BETA)
+APO_ZERO = Shape(_apo_zero)
+APO_DOWN = Shape(_apo_down)
+ALPHA = Shape(_alpha, {"alpha": Hyper(0.9999)})
 BUDGET = Shape(
     _budget,
-    _budget_jit,
     {"budget": Hyper(0.0, NOT_NEGATIVE), "budget_weight": Hyper(1.0, NOT_NEGATIVE)},
 )
 
