@@ -21,8 +21,6 @@ from datasets import Dataset
 from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 
-pytest.importorskip("diffusers")
-
 from diffusers import StableDiffusionXLPipeline
 
 from images import BadImage, Size, fit, open_image, read_size

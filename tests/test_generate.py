@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
-
 import huggingface_hub
 from diffusers import StableDiffusionXLPipeline
 from huggingface_hub import ModelCard

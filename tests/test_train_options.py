@@ -22,8 +22,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
-
 import huggingface_hub
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
