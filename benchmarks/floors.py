@@ -1,7 +1,9 @@
-"""What the memory system makes of the same launches: a kernel that reads what forward reads, and one
-that reads and writes what backward does, in as many programs, with nothing else to do."""
+"""Two kernels that only move memory, in as many programs as the real ones: one reads what forward
+reads, the other reads and writes what backward does. Nothing with these launches can be faster."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -13,15 +15,15 @@ from fastpref_kernels import launch
 
 @triton.jit
 def read_kernel(
-    pred,
-    target,
-    ref,
-    sums,
-    half,
+    pred: Any,
+    target: Any,
+    ref: Any,
+    sums: Any,
+    half: Any,
     SHARED: tl.constexpr,
     REF: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+) -> None:
     """half: elements of all winners."""
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(tl.program_id(0) * BLOCK, half, tl.num_programs(0) * BLOCK):
@@ -40,13 +42,13 @@ def read_kernel(
 
 @triton.jit
 def write_kernel(
-    pred,
-    target,
-    grad,
-    half,
+    pred: Any,
+    target: Any,
+    grad: Any,
+    half: Any,
     SHARED: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+) -> None:
     for start in range(tl.program_id(0) * BLOCK, half, tl.num_programs(0) * BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < half

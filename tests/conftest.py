@@ -17,9 +17,9 @@ if not HAS_GPU:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # tensors are tiny: more threads only wait for one another
 
-# What test files need beyond torch, triton, pytest, numpy, mpmath and hypothesis. Only `pytest
-# --bare`, as `make gpu-check` calls it, leaves out files (and tests marked "needs") for want of
-# these; without it a missing package is an error. tests/test_gpu_check.py compares with the imports.
+# What test files need beyond torch, triton, pytest, numpy, mpmath and hypothesis. `pytest --bare`,
+# which `make gpu-check` runs, leaves out files (and tests marked "needs") whose packages are
+# missing; without the flag that is an error. test_gpu_check.py compares this with the imports.
 TRAINER = (
     "PIL", "accelerate", "datasets", "diffusers", "huggingface_hub", "matplotlib", "packaging",
     "peft", "pyarrow", "safetensors", "skimage", "sklearn", "tqdm", "transformers", "yaml",
@@ -60,8 +60,10 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     where = torch.cuda.get_device_name() if HAS_GPU else "Triton's interpreter"
     lines = [f"kernels run on: {where}"]
     if config.getoption("bare"):
-        lacking = {name: missing(needed) for name, needed in NEEDS.items()}
-        lines += [f"left out, for want of {', '.join(m)}: {n}" for n, m in lacking.items() if m]
+        for needed in dict.fromkeys(NEEDS.values()):
+            if lacking := missing(needed):
+                files = ", ".join(name for name, of_file in NEEDS.items() if of_file == needed)
+                lines.append(f"left out for want of {', '.join(lacking)}: {files}")
     return lines
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import Dataset

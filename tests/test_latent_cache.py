@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import Dataset, Features, Image, Value

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import yaml
-
 from accelerate.utils import DistributedType
 
 from curves import read_metrics

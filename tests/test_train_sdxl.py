@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
