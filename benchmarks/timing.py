@@ -16,6 +16,7 @@ from fastpref_kernels import launch
 
 Inputs = tuple[Tensor, ...]
 MOST_COPIES = 128
+COPIED = 2**30  # bytes
 
 
 class Captured(NamedTuple):
@@ -132,7 +133,7 @@ def timed(runs: Mapping[str, Captured], rounds: int, empty_l2: bool) -> dict[str
 
 def copy_bandwidth() -> float:
     """Bytes per second, read and written, of a large copy on this device."""
-    source, goal = torch.zeros(2, 2**30, dtype=torch.int8, device=DEVICE)
+    source, goal = torch.zeros(2, COPIED, dtype=torch.int8, device=DEVICE)
     runs = {"copy": captured([partial(goal.copy_, source)])}
     times = sorted(timed(runs, 20, empty_l2=False)["copy"])
     return 2 * source.nbytes / times[len(times) // 2]
