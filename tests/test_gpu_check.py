@@ -36,12 +36,15 @@ def imported(test_file: Path) -> set[str]:
         if path in seen:
             return
         seen.add(path)
-        nodes: list[ast.AST] = [ast.parse(path.read_text())]
+        tree = ast.parse(path.read_text())
+        nodes: list[ast.AST] = [tree]
+        own = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        fixtures = {"world", "train"} - own if path == test_file else set()
         while nodes:
             node = nodes.pop()
             if isinstance(node, (ast.FunctionDef, ast.Lambda)):
                 names = {arg.arg for arg in node.args.args}
-                if path == test_file and names & {"world", "train"}:
+                if names & fixtures:
                     visit(ROOT / "tests" / "small_run.py")
                 continue
             nodes += ast.iter_child_nodes(node)
@@ -51,10 +54,10 @@ def imported(test_file: Path) -> set[str]:
                 modules = [node.module or ""]
             else:
                 continue
-            for name in {module.split(".")[0] for module in modules}:
+            for name in {dotted.split(".")[0] for dotted in modules}:
                 ours = [ROOT / folder / f"{name}.py" for folder in FOLDERS]
-                if own := next((each for each in ours if each.exists()), None):
-                    visit(own)
+                if module := next((each for each in ours if each.exists()), None):
+                    visit(module)
                 elif name not in sys.stdlib_module_names:
                     found.add(name)
 
