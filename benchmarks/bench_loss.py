@@ -323,6 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     preset = PRESETS[parser.parse_known_args(argv)[0].preset]
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
+    COMPLAINTS.clear()
     about = environment()
     bandwidth = copy_bandwidth() if GPU else None
     print(f"{about['device']}, torch {about['torch']}, triton {about['triton']}"

@@ -1,9 +1,8 @@
 """Two kernels that only move memory, in as many programs as the real ones: one reads what forward
 reads, the other reads and writes what backward does. Nothing with these launches can be faster."""
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -15,15 +14,8 @@ from fastpref_kernels import launch
 
 @triton.jit
 def read_kernel(
-    pred: Any,
-    target: Any,
-    ref: Any,
-    sums: Any,
-    half: Any,
-    SHARED: tl.constexpr,
-    REF: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
+    pred, target, ref, sums, half, SHARED: tl.constexpr, REF: tl.constexpr, BLOCK: tl.constexpr
+):
     """half: elements of all winners."""
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(tl.program_id(0) * BLOCK, half, tl.num_programs(0) * BLOCK):
@@ -41,21 +33,14 @@ def read_kernel(
 
 
 @triton.jit
-def write_kernel(
-    pred: Any,
-    target: Any,
-    grad: Any,
-    half: Any,
-    SHARED: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
+def write_kernel(pred, target, grad, half, SHARED: tl.constexpr, BLOCK: tl.constexpr):
     for start in range(tl.program_id(0) * BLOCK, half, tl.num_programs(0) * BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < half
-        w = tl.load(pred + at, inside, 0)
-        l = tl.load(pred + half + at, inside, 0)
-        of_w = tl.load(target + at, inside, 0)
-        of_l = of_w if SHARED else tl.load(target + half + at, inside, 0)
+        w = tl.load(pred + at, inside, 0).to(tl.float32)
+        l = tl.load(pred + half + at, inside, 0).to(tl.float32)
+        of_w = tl.load(target + at, inside, 0).to(tl.float32)
+        of_l = of_w if SHARED else tl.load(target + half + at, inside, 0).to(tl.float32)
         tl.store(grad + at, (w + of_w).to(grad.dtype.element_ty), inside)
         tl.store(grad + half + at, (l + of_l).to(grad.dtype.element_ty), inside)
 

@@ -65,7 +65,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for link, shape, pairs in seen:
         case = [r for r in rows if (r["link"], r["shape"], r["pairs"]) == (link, shape, pairs)]
         by_name = {row["provider"]: row for row in case}
-        walls = [f"{by_name[n]['wall_us']:.0f}" if n in by_name else "" for n in names]
+        found = [by_name.get(name, {}).get("wall_us") for name in names]
+        walls = ["" if wall is None else f"{wall:.0f}" for wall in found]
         ours = by_name.get("fastpref", case[0])
         floor, extra = ours["floor_us"], ours["extra_bytes"]
         cells = [link, shape, f"{pairs:.0f}", *walls]

@@ -38,7 +38,7 @@ def _stream() -> torch.cuda.Stream:
 
 @functools.cache
 def _ballast() -> Tensor:
-    return torch.ones(4 * l2_bytes(), dtype=torch.int8, device=DEVICE).view(torch.float32)
+    return torch.ones(l2_bytes(), device=DEVICE)  # of four bytes each
 
 
 def copies(n_bytes: int) -> tuple[int, bool]:
