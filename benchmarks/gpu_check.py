@@ -50,7 +50,7 @@ def benchmark(limit: float, name: str, *words: str) -> Command:
 
 
 def tests(where: Where) -> list[Command]:
-    return [Command(180, [*PYTEST, "tests/test_gpu.py"])]
+    return [Command(160, [*PYTEST, "tests/test_gpu.py"])]
 
 
 def report(where: Where) -> Command:
@@ -93,7 +93,7 @@ def sanitizers(where: Where) -> list[Command]:
     words = [*PYTEST, "tests/test_pair_loss.py", "tests/test_losses.py", "-k", selected]
     sanitizer = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer"]
     return [
-        Command(75, [*sanitizer, "--tool", tool, "--error-exitcode", "1", *words])
+        Command(85, [*sanitizer, "--tool", tool, "--error-exitcode", "1", *words])
         for tool in ("memcheck", "racecheck")
     ]
 

@@ -109,8 +109,8 @@ def targets(rows: list[dict[str, Any]]) -> list[tuple[str, float, float, bool]]:
     most = max([f for f in floors if f is not None], default=None)
     found.append(("replay / (floor + two empty kernels), most", most, 1.3, False))
     big = [row for row in ours if row["bytes"] > 2**20 and row["device_us"] is not None]
-    if len({row["bytes"] for row in big}) > 2:  # through two points there is always a line
-        times = [[row["bytes"] for row in big], [row["device_us"] for row in big]]
+    times = [[row["bytes"] for row in big], [row["device_us"] for row in big]]
+    if len({*times[0]}) > 2 and len({*times[1]}) > 1:  # through two points there is always a line
         r2 = float(np.corrcoef(times)[0, 1] ** 2)
         found.append(("R^2 of device time by bytes", r2, 0.999, True))
     return [
