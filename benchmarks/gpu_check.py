@@ -112,7 +112,7 @@ def shapes(where: Where) -> list[Command]:
     words = ["--preset", "full", "--rounds", "10", "--skip_measured"]
     words += ["--providers", "eager", "compile", "fastpref", "floor"]
     if where.dry:
-        words += [*DRY, "--pairs", "1"]
+        words = [*DRY, "--pairs", "1", "--skip_measured"]
     words += ["--output_dir", str(where.out)]
     return [benchmark(160, "bench_loss", *words), report(where)]
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from cases import DEVICE, Case, Loss, one, step
-from fastpref_kernels import launch
 
 Inputs = tuple[Tensor, ...]
 MOST_COPIES = 128
@@ -79,6 +78,8 @@ def captured(steps: Sequence[Callable[[], Any]]) -> Captured:
 def _top_up_tickets(needed: int) -> None:
     """A captured launch keeps its ticket, and one that finds none left clears a counter of its own
     at every replay, which the launches of a training run do not."""
+    from fastpref_kernels import launch  # here, because Triton is not everywhere
+
     index = torch.cuda.current_device()
     spare = launch._spare.setdefault(index, [])
     while len(spare) < needed:
