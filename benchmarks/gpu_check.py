@@ -26,7 +26,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTEST = [sys.executable, "-m", "pytest", "--bare", "-p", "no:cacheprovider", "--durations", "5"]
+PYTEST = [
+    sys.executable,
+    "-m",
+    "pytest",
+    "--bare",
+    "-p",
+    "no:cacheprovider",
+    "--durations",
+    "5",
+    "--tb",
+    "short",
+]
 PASSED, FAILED, LATE, INTERRUPTED, RUNNING = (
     "passed", "FAILED", "OUT OF TIME", "INTERRUPTED", "running",
 )  # fmt: skip
@@ -86,12 +97,13 @@ def choices(where: Where) -> list[Command]:
 
 def sanitizers(where: Where) -> list[Command]:
     """The checkers of memory and of races on a few small launches."""
-    if where.dry or not shutil.which("compute-sanitizer"):
+    found = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
+    if where.dry or not found:
         why = "a dry run" if where.dry else "compute-sanitizer is not installed"
         return [Command(10, ["echo", f"left out: {why}"])]
     selected = "(test_shapes and mapo) or every_loss_is_its_formula and 0.01-dpo"
     words = [*PYTEST, "tests/test_pair_loss.py", "tests/test_losses.py", "-k", selected]
-    sanitizer = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer"]
+    sanitizer = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", found]
     return [
         Command(85, [*sanitizer, "--tool", tool, "--error-exitcode", "1", *words])
         for tool in ("memcheck", "racecheck")
@@ -104,7 +116,7 @@ def suite(where: Where) -> list[Command]:
     if where.dry:
         words += ["-q", "--collect-only"]
     elif importlib.util.find_spec("xdist"):
-        words += ["-n", str(min(8, os.cpu_count() or 1))]
+        words += ["-n", str(min(16, os.cpu_count() or 1))]
     return [Command(240, words)]
 
 
@@ -146,6 +158,7 @@ def environment(dry: bool) -> dict[str, str]:
     paths = [str(ROOT), *[str(ROOT / name) for name in ("kernels", "tests", "benchmarks")]]
     paths += [path for path in [os.environ.get("PYTHONPATH")] if path]
     made = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    made["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # a pool of processes takes longer to start
     if dry:
         made |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
     return made

@@ -163,7 +163,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes = grid[0][column]
         for name, (colour, marker) in STYLE.items():
             plot(axes, chosen(of_link, provider=name), "wall_us", marker, color=colour, label=name)
-        plot(axes, of_link, "floor_us", "k--", label="floor: copy bandwidth")
+        floor = chosen(of_link, provider="fastpref")
+        plot(axes, floor, "floor_us", "k--", label="floor: copy bandwidth")
         axes.set(xscale="log", yscale="log", xlabel="bytes that must move", ylabel="wall time, us")
         axes.set_title(f"{link}: forward + backward")
         axes.legend(fontsize=8)

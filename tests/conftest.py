@@ -57,6 +57,23 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if config.getoption("bare") and missing(needed) else None
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("bare"):
+        config.pluginmanager.register(AtOnce(config))
+
+
+class AtOnce:
+    """Shows failures when they happen: a session with a time limit may not reach its end."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.plugins = config.pluginmanager
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self.plugins.get_plugin("terminalreporter")
+        if report.failed and terminal:  # the processes of pytest-xdist have none
+            terminal.write_line(f"\nFAILED {report.nodeid}\n{report.longreprtext}")
+
+
 def pytest_report_header(config: pytest.Config) -> list[str]:
     where = torch.cuda.get_device_name() if HAS_GPU else "Triton's interpreter"
     lines = [f"kernels run on: {where}"]

@@ -536,8 +536,8 @@ def full_rows(tmp_path: Path) -> Path:
     for i, (shape, pred) in enumerate(shapes.items()):
         for link in ("mapo", "dpo_sigmoid"):
             for provider, slower in (("eager", 8), ("compile", 3), ("fastpref", 1), ("floor", 0.9)):
-                row = {"link": link, "shape": shape, "pred": pred, "provider": provider}
-                row |= usual | {"bytes": 2 ** (21 + i)}
+                row = usual | {"link": link, "shape": shape, "pred": pred, "provider": provider}
+                row |= {"bytes": 2 ** (21 + i)}
                 row |= {name: took * slower for name, took in times.items()}
                 rows.append(row | {"device_us": (6.0 - 0.1 * (i == 1)) * slower})
     bench_loss.append(path, rows)

@@ -247,7 +247,7 @@ gpu_check.main(["--dry_run", "--output_dir", {str(tmp_path)!r}])
 def test_all_steps_together_end_in_twenty_minutes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: name)  # with the sanitizer
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name, path: name)  # with the sanitizer
     limits = {
         name: sum(command.limit for command in step(Where(tmp_path)))
         for name, step in gpu_check.STEPS.items()
