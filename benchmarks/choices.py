@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import statistics
 import sys
@@ -159,6 +160,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"    {line}", flush=True)
         wrong += refused
         if GPU:
+            gc.collect()  # graphs and what they hold
             torch.cuda.empty_cache()
     return 1 if wrong else 0
 
