@@ -84,6 +84,7 @@ class StandIn:
             "current_device": lambda: 0,
             "synchronize": lambda: None,
             "empty_cache": lambda: None,
+            "_sleep": lambda cycles: self.log.append("sleep"),
             "get_device_name": lambda: "Stand-in 1",
             "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=L2),
             "memory_allocated": lambda: 1000,
@@ -310,7 +311,7 @@ def test_only_the_replay_is_timed(gpu: StandIn) -> None:
     assert {run.steps for run in runs.values()} == {len(sets)}
     gpu.log.clear()
     times = timing.timed(runs, 4, empty_l2=False)
-    assert gpu.log == ["event", "replay", "event"] * 3 * 5
+    assert gpu.log == ["sleep", "event", "replay", "event"] * 3 * 5
     assert times == {name: [REPLAY_MS / 1e3 / len(sets)] * 4 for name in ("fwd", "bwd", "both")}
 
 
@@ -333,7 +334,7 @@ def test_the_l2_is_emptied_by_reading(gpu: StandIn) -> None:
     gpu.log.clear()
     with Noted():
         timing.timed(runs, 2, empty_l2=True)
-    assert gpu.log == ["read", "event", "replay", "event"] * 3
+    assert gpu.log == ["read", "sleep", "event", "replay", "event"] * 3
     assert {*seen} == {"sum"}
     assert (ballast == 1).all()
 
