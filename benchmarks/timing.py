@@ -20,9 +20,12 @@ HEAD_START = 200_000  # cycles, 0.1 ms, in which Python queues a replay before i
 
 
 class Captured(NamedTuple):
+    """A graph, with what it reads (inside of the steps) and what it writes: no two of its steps
+    write to the same memory."""
+
     graph: torch.cuda.CUDAGraph
-    steps: int
-    results: list[Any]  # held, so that no two steps write to the same memory
+    steps: Sequence[Callable[[], Any]]
+    results: list[Any]
 
 
 @functools.cache
@@ -73,7 +76,7 @@ def captured(steps: Sequence[Callable[[], Any]]) -> Captured:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         results = [run() for run in steps]
-    return Captured(graph, len(steps), results)
+    return Captured(graph, steps, results)
 
 
 def _top_up_tickets(needed: int) -> None:
@@ -129,7 +132,7 @@ def timed(runs: Mapping[str, Captured], rounds: int, empty_l2: bool) -> dict[str
                 events[name].append((start, end))
     torch.cuda.synchronize()
     return {
-        name: [start.elapsed_time(end) / 1e3 / runs[name].steps for start, end in pairs]
+        name: [start.elapsed_time(end) / 1e3 / len(runs[name].steps) for start, end in pairs]
         for name, pairs in events.items()
     }
 

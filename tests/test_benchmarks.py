@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -308,7 +310,7 @@ def test_only_the_replay_is_timed(gpu: StandIn) -> None:
     sets, _ = timing.inputs(Case("mapo", "tiny", 2, "fp32", "bf16"))
     runs = timing.passes(cases.fused("mapo", "torch"), sets)
     assert gpu.log == ["capture"] * 3
-    assert {run.steps for run in runs.values()} == {len(sets)}
+    assert {len(run.steps) for run in runs.values()} == {len(sets)}
     gpu.log.clear()
     times = timing.timed(runs, 4, empty_l2=False)
     assert gpu.log == ["sleep", "event", "replay", "event"] * 3 * 5
@@ -352,6 +354,39 @@ def test_steps_of_a_graph_share_no_memory(gpu: StandIn | None) -> None:
 def written(result: Tensor | tuple[Tensor, ...]) -> int:
     """Where a step wrote its result, or the last of several."""
     return (result[-1] if isinstance(result, tuple) else result).data_ptr()
+
+
+def test_a_graph_keeps_what_it_reads(gpu: StandIn | None) -> None:
+    """Its inputs, and what forward saved for backward: a replay would read freed memory."""
+
+    class Mark: ...
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, pred: Tensor) -> Tensor:
+            ctx.saved = Mark()
+            marks.append(weakref.ref(ctx.saved))
+            ctx.save_for_backward(pred)
+            return pred.square().sum()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return 2 * grad * ctx.saved_tensors[0]
+
+    marks: list[weakref.ref[Mark]] = []
+    sets, _ = timing.inputs(Case("mapo", "tiny", 4, "fp32", "bf16"))
+    n = len(sets)
+    read = [weakref.ref(tensor) for tensors in sets for tensor in tensors]
+    runs = timing.passes(lambda pred, target: Square.apply(pred), sets)
+    kept = runs["bwd"]
+    del sets, runs
+    gc.collect()
+    assert all(mark() for mark in marks[:n])  # of the forwards that are gone backward through
+    assert all(tensor() is not None for tensor in read[::2])
+    kept = timing.captured([lambda: None])
+    gc.collect()
+    assert not any(mark() for mark in marks)
+    assert kept.results == [None]
 
 
 def test_backward_makes_no_gradient_of_the_loss() -> None:
