@@ -120,9 +120,11 @@ def test_a_dry_run_where_little_is_installed(
     command = ["make", "gpu-check", f"PYTHON={python}", "DRY_RUN=1", f"OUT={tmp_path}"]
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    summary = (tmp_path / "summary.txt").read_text().splitlines()
-    assert summary[0].split() == ["step", "ended", "seconds"]
-    assert [line.split()[:2] for line in summary[1:]] == [[s, "passed"] for s in gpu_check.STEPS]
+    table = (tmp_path / "summary.txt").read_text().splitlines()
+    assert table[0].split() == ["step", "ended", "seconds"]
+    wanted = dict.fromkeys(gpu_check.STEPS, "passed") | {"sanitizers": "left out"}
+    assert ended(tmp_path) == wanted
+    assert list(ended(tmp_path)) == list(gpu_check.STEPS)
     log = (tmp_path / "log.txt").read_text()
     assert "left out for want of PIL, accelerate" in log
     assert "tests/test_losses.py: " in log
@@ -130,10 +132,10 @@ def test_a_dry_run_where_little_is_installed(
     assert "matplotlib is not installed" in log
     tables = sorted(tmp_path.glob("*.csv"))
     assert [table.name.split("-")[0] for table in tables] == ["choices", "cpu"]
-    for table, key, names in zip(
+    for path, key, names in zip(
         tables, ("choice", "provider"), ({"as it is"}, {"eager", "fastpref"}), strict=True
     ):
-        with table.open(newline="") as file:
+        with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
         assert {row[key] for row in rows} >= names
         assert {row["git"] for row in rows} == {""}
