@@ -8,6 +8,9 @@ it started, and none stops the next. Everything is written at once: what was pri
 rows to <device>.csv and choices-<device>.csv, and how each step ended to summary.txt, which keeps
 the steps of earlier runs. The exit code is 1 if a step failed or ran out of time, and 2 without a
 GPU. --dry_run does the least of each step on a CPU, to see that it would run.
+
+Where a command may take ten minutes at most: `--steps tests headline`, `choices sanitizers` and
+`suite shapes` take seven each.
 """
 
 from __future__ import annotations
