@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/ready
 FLOORS := .venv-floors
 
-.PHONY: demo test test-floors lint study bench gpu-check gpu-step
+.PHONY: demo test test-floors lint study bench aot-matrix gpu-check gpu-step
 
 demo: $(READY)
 	$(VENV)/bin/python examples/demo.py --output_dir demo
@@ -43,24 +43,18 @@ bench: $(READY)
 	$(VENV)/bin/python benchmarks/bench_step.py
 	$(VENV)/bin/python benchmarks/report.py
 
-# On a machine with a GPU and its own Python, with torch, triton, pytest, hypothesis, numpy, mpmath
-# (and pytest-xdist, to compile on many cores): the suite on real kernels, the race and memory
-# checkers on small shapes, and the benchmarks. All that is found lies in OUT.
+# What the compiler of each Triton makes of the kernels; downloads each, 200 MB.
+aot-matrix: $(READY)
+	$(VENV)/bin/python benchmarks/compiled_code.py
+
+# On a machine with a GPU and its own Python, which needs torch, triton, pytest, hypothesis, numpy and
+# mpmath, and no git: its tests, the benchmarks, the memory and race checkers, and the suite on real
+# kernels, in twenty minutes at most. STEPS="tests headline" runs only these, DRY_RUN=1 the least of
+# each on a CPU. All that is found lies in OUT.
 OUT ?= gpu-check
-gpu-check: export PYTHONPATH := .:kernels:tests
 gpu-check:
-	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'gpu-check needs a GPU'"
-	mkdir -p $(OUT)
-	$(PYTHON) -m pytest tests/test_gpu.py --junitxml $(OUT)/gpu.xml
-	$(PYTHON) -m pytest tests --ignore tests/test_gpu.py --ignore tests/test_aot.py \
-		--junitxml $(OUT)/suite.xml $$($(PYTHON) -c "import xdist; print('-n 8')" 2>/dev/null)
-	if command -v compute-sanitizer; then for tool in memcheck racecheck; do \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-		--log-file $(OUT)/$$tool.log $(PYTHON) -m pytest tests/test_pair_loss.py \
-		tests/test_losses.py -k "(test_shapes and mapo) or every_loss_is_its_formula and 0.01-dpo" \
-		|| exit 1; done; else echo "compute-sanitizer is not there" | tee $(OUT)/sanitizer.log; fi
-	$(PYTHON) benchmarks/bench_loss.py --preset full --rounds 10 --output_dir $(OUT)
-	$(PYTHON) benchmarks/report.py $(OUT)/*.csv
+	$(PYTHON) benchmarks/gpu_check.py --output_dir $(OUT) \
+		$(if $(STEPS),--steps $(STEPS)) $(if $(DRY_RUN),--dry_run)
 
 # A training step of the real SDXL, in ten minutes: needs diffusers, transformers, accelerate, peft.
 gpu-step: export PYTHONPATH := .:kernels

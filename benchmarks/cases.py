@@ -3,8 +3,9 @@ inputs."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor
 import fastpref
 from fastpref_kernels import LINKS
 
+TINY = "tiny"  # no model's: to see that everything runs
 SHAPES = {
+    TINY: (4, 8, 8),
     "sd15": (4, 64, 64),
     "sdxl": (4, 128, 128),
     "sd3": (16, 128, 128),
@@ -66,7 +69,11 @@ def fused(link: str, impl: fastpref.dispatch.Impl = "auto") -> Loss:
     return loss
 
 
-def providers(link: str) -> dict[str, Loss]:
+FLOOR = "floor"  # as good as a provider: launches that do nothing but read and write
+PROVIDERS = ("eager", "compile", "reduce-overhead", "fastpref", FLOOR)
+
+
+def providers(link: str, names: Collection[str] = PROVIDERS) -> dict[str, Loss]:
     """By name; the published formula where a trainer has one."""
     torch._dynamo.reset()
     torch._functorch.config.donated_buffer = False  # backward alone is timed with retain_graph
@@ -78,7 +85,8 @@ def providers(link: str) -> dict[str, Loss]:
         if GPU:
             mode = "reduce-overhead"
             found[mode] = torch.compile(published, mode=mode, fullgraph=True)
-    return found | {"fastpref": fused(link)}
+    found["fastpref"] = fused(link)
+    return {name: loss for name, loss in found.items() if name in names}
 
 
 class Case(NamedTuple):
@@ -121,11 +129,17 @@ class Case(NamedTuple):
         return of_pred + of_target + of_ref, 2 * of_pred + of_target
 
 
+@functools.cache
+def one(dtype: torch.dtype) -> Tensor:
+    """A loss's own gradient: autograd would launch a kernel to make it."""
+    return torch.ones((), dtype=dtype, device=DEVICE)
+
+
 def step(loss: Loss, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     if GPU:
         torch.compiler.cudagraph_mark_step_begin()
     value = loss(*tensors)
-    return value, torch.autograd.grad(value, tensors[0])[0]
+    return value, torch.autograd.grad(value, tensors[0], one(value.dtype))[0]
 
 
 def synchronize() -> None:

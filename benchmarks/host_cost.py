@@ -24,7 +24,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 from bench_loss import RESULTS, append, environment
-from cases import DEVICE, PUBLISHED, Loss, fused
+from cases import DEVICE, PUBLISHED, Loss, fused, one, synchronize
 from fastpref_kernels import LINKS, launch, pair
 
 
@@ -65,10 +65,12 @@ def costs(link: str, turns: int = 200, repeats: int = 60) -> dict[str, tuple[lis
     losses = {"eager": PUBLISHED[link], "fastpref": fused(link, "triton")}
 
     def took(loss: Loss, calls: int) -> float:
-        start = time.thread_time()  # of this thread: other work on the machine is not ours
+        synchronize()
+        start = time.perf_counter()  # on a GPU the backward runs in a thread of its own
         for _ in range(calls):
-            torch.autograd.grad(loss(*tensors), pred)
-        return (time.thread_time() - start) / calls * 1e6
+            value = loss(*tensors)
+            torch.autograd.grad(value, pred, one(value.dtype))
+        return (time.perf_counter() - start) / calls * 1e6
 
     times: dict[str, tuple[list[float], ...]] = {name: ([], []) for name in losses}
     with without_launches():

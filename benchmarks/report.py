@@ -2,21 +2,21 @@
 table in benchmarks/README.md.
 
     python benchmarks/report.py             all of results/, and benchmarks/README.md
-    python benchmarks/report.py CSV ...     a picture beside each of these
+    python benchmarks/report.py PATH ...    a picture beside each of these, or in these folders
+
+Prints which targets a GPU's rows meet. Without matplotlib there are no pictures; what was not
+measured is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- made by report.py: begin -->", "<!-- made by report.py: end -->"
@@ -37,7 +37,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     latest: dict[tuple[str, ...], dict[str, Any]] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
-            figures = {name: float(row[name]) if row[name] else None for name in FIGURES}
+            figures = {name: float(row[name]) if row.get(name) else None for name in FIGURES}
             row["n"] = row["pairs"]
             latest[(*case(row), row["provider"])] = row | figures
     return list(latest.values())
@@ -51,7 +51,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Microseconds of forward and backward by provider, of fp32 predictions against bf16 targets
     that the pair shares."""
     rows = chosen(rows, pred="fp32", target="bf16", shared="True")
-    names = [name for name in STYLE if any(row["provider"] == name for row in rows)]
+    if not rows:
+        return "no rows of fp32 predictions against bf16 targets"
+    names = [n for n in STYLE if any(row["provider"] == n and row["wall_us"] for row in rows)]
     device = rows[0]["device"]
     lines = [
         f"{device}, torch {rows[0]['torch']}, triton {rows[0]['triton']}, fp32 against bf16:",
@@ -63,8 +65,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     for link, shape, pairs in seen:
         case = [r for r in rows if (r["link"], r["shape"], r["pairs"]) == (link, shape, pairs)]
         by_name = {row["provider"]: row for row in case}
-        walls = [f"{by_name[n]['wall_us']:.0f}" if n in by_name else "" for n in names]
-        floor, extra = by_name["fastpref"]["floor_us"], by_name["fastpref"]["extra_bytes"]
+        found = [by_name.get(name, {}).get("wall_us") for name in names]
+        walls = ["" if wall is None else f"{wall:.0f}" for wall in found]
+        ours = by_name.get("fastpref", case[0])
+        floor, extra = ours["floor_us"], ours["extra_bytes"]
         cells = [link, shape, f"{pairs:.0f}", *walls]
         cells += [f"{floor:.1f}" if floor else "", f"{extra:.0f}" if extra is not None else ""]
         lines.append("| " + " | ".join(cells) + " |")
@@ -72,35 +76,63 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def targets(rows: list[dict[str, Any]]) -> list[tuple[str, float, float, bool]]:
-    """What was promised of a GPU, as (what, figure, bound, whether the bound is a lower one)."""
+    """What was promised of a GPU, as (what, figure, bound, whether the bound is a lower one), as
+    far as it was measured."""
     ours = chosen(rows, provider="fastpref")
     peer = {(*case(row), row["provider"]): row for row in rows}
 
-    def ratio(row: dict[str, Any], provider: str, column: str) -> float:
-        return float(peer[(*case(row), provider)][column] / row[column])
+    def over(a: float | None, b: float | None) -> float | None:
+        return None if a is None or not b else a / b
 
+    def ratio(row: dict[str, Any], provider: str, column: str) -> float | None:
+        return over(peer.get((*case(row), provider), {}).get(column), row[column])
+
+    found: list[tuple[str, float | None, float, bool]] = []
     four = chosen(ours, n="4")
-    (small,) = chosen(four, link="mapo", shape="sdxl", pred="fp32", target="bf16", shared="True")
-    large = chosen(four, shape="hunyuan720", pred="bf16", target="bf16")
-    found = [
-        ("SDXL, 4 pairs: eager / fastpref, wall", ratio(small, "eager", "wall_us"), 6.0, True),
-        ("SDXL, 4 pairs: compile / fastpref, wall", ratio(small, "compile", "wall_us"), 2.0, True),
-    ]
-    for row in large:
+    for row in chosen(four, link="mapo", shape="sdxl", pred="fp32", target="bf16", shared="True"):
+        for provider, bound in (("eager", 6.0), ("compile", 2.0)):
+            what = f"SDXL, 4 pairs: {provider} / fastpref, wall"
+            found.append((what, ratio(row, provider, "wall_us"), bound, True))
+    for row in chosen(four, shape="hunyuan720", pred="bf16", target="bf16"):
         what = f"Hunyuan, 4 pairs, {row['link']}, {'shared' if row['shared'] == 'True' else 'own'}"
         for way in ("fwd", "bwd"):
-            share = row[f"{way}_gb_s"] / row["copy_gb_s"]
+            share = over(row[f"{way}_gb_s"], row["copy_gb_s"])
             found.append((f"{what}: {way} bandwidth / copy", share, 0.92, True))
         bound = 1.2 if row["shared"] == "True" else 1.0
         gain = ratio(row, "compile", "device_us")
         found.append((f"{what}: compile / fastpref, device", gain, bound, True))
-    found.append(("extra bytes, most", max(row["extra_bytes"] for row in ours), 65536.0, False))
-    replays = [r["device_us"] / (r["floor_us"] + r["two_launches_us"]) for r in ours]
-    found.append(("replay / (floor + two empty kernels), most", max(replays), 1.3, False))
-    big = [row for row in ours if row["bytes"] > 2**20]
+    extra = [row["extra_bytes"] for row in ours if row["extra_bytes"] is not None]
+    found.append(("extra bytes, most", max(extra, default=None), 65536.0, False))
+    floors = [
+        over(r["device_us"], (r["floor_us"] or 0) + (r["two_launches_us"] or 0)) for r in ours
+    ]
+    most = max([f for f in floors if f is not None], default=None)
+    found.append(("replay / (floor + two empty kernels), most", most, 1.3, False))
+    big = [row for row in ours if row["bytes"] > 2**20 and row["device_us"] is not None]
     times = [[row["bytes"] for row in big], [row["device_us"] for row in big]]
-    found.append(("R^2 of device time by bytes", float(np.corrcoef(times)[0, 1] ** 2), 0.999, True))
-    return found
+    if len({*times[0]}) > 2 and len({*times[1]}) > 1:  # through two points there is always a line
+        r2 = float(np.corrcoef(times)[0, 1] ** 2)
+        found.append(("R^2 of device time by bytes", r2, 0.999, True))
+    return [
+        (what, figure, bound, lower) for what, figure, bound, lower in found if figure is not None
+    ]
+
+
+def floors(rows: list[dict[str, Any]]) -> list[str]:
+    """Device time beside that of launches that only move the same bytes, case by case."""
+    peer = {(*case(row), row["provider"]): row for row in rows}
+    lines = []
+    for row in chosen(rows, provider="fastpref"):
+        floor = peer.get((*case(row), "floor"), {})
+        parts = []
+        for column in ("fwd_us", "bwd_us", "device_us"):
+            ours, least = row[column], floor.get(column)
+            if ours and least:
+                parts.append(f"{column[:-3]} {ours:.1f} / {least:.1f} us = {ours / least:.2f}")
+        if parts:
+            name = f"{row['link']} {row['shape']} {row['n']} {row['pred']},{row['target']}"
+            lines.append(f"fastpref / launches that only move memory, {name}: {', '.join(parts)}")
+    return lines
 
 
 def case(row: dict[str, Any]) -> tuple[str, ...]:
@@ -108,9 +140,19 @@ def case(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Wall time against the bytes that must move, with the floor; and, from a GPU, the bandwidth of
-    forward and backward each."""
+    """Wall time against the bytes that must move, with the floor; and, from a GPU, the device time
+    of forward and backward beside that of launches that only move memory."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"no {path.name}: matplotlib is not installed")
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     links = [link for link in ("mapo", "dpo_sigmoid") if chosen(rows, link=link)]
+    if not links:
+        return
     on_gpu = any(row["fwd_us"] for row in rows)
     figure, grid = plt.subplots(
         1 + on_gpu, len(links), figsize=(5 * len(links), 3.6 * (1 + on_gpu)), squeeze=False,
@@ -120,44 +162,55 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         of_link = chosen(rows, link=link, shared="True")
         axes = grid[0][column]
         for name, (colour, marker) in STYLE.items():
-            points = sorted((r["bytes"], r["wall_us"]) for r in chosen(of_link, provider=name))
-            if points:
-                axes.plot(*zip(*points, strict=True), marker, color=colour, label=name, alpha=0.8)
-        floor = sorted((r["bytes"], r["floor_us"]) for r in of_link if r["floor_us"])
-        if floor:
-            axes.plot(*zip(*floor, strict=True), "k--", label="floor")
+            plot(axes, chosen(of_link, provider=name), "wall_us", marker, color=colour, label=name)
+        floor = chosen(of_link, provider="fastpref")
+        plot(axes, floor, "floor_us", "k--", label="floor: copy bandwidth")
         axes.set(xscale="log", yscale="log", xlabel="bytes that must move", ylabel="wall time, us")
         axes.set_title(f"{link}: forward + backward")
         axes.legend(fontsize=8)
         if on_gpu:
-            draw_bandwidth(chosen(of_link, provider="fastpref"), grid[1][column])
+            draw_bandwidth(of_link, grid[1][column])
     figure.suptitle(f"{rows[0]['device']}", fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
+def plot(axes: Any, rows: list[dict[str, Any]], column: str, style: str, **options: Any) -> None:
+    points = sorted((row["bytes"], row[column]) for row in rows if row[column])
+    if points:
+        axes.plot(*zip(*points, strict=True), style, alpha=0.8, **options)
+
+
 def draw_bandwidth(rows: list[dict[str, Any]], axes: Any) -> None:
-    for way, marker in (("fwd", "o"), ("bwd", "s")):
-        points = sorted((r["bytes"], r[f"{way}_gb_s"]) for r in rows if r[f"{way}_gb_s"])
-        axes.plot(*zip(*points, strict=True), marker, label=way, color=STYLE["fastpref"][0])
-    axes.axhline(rows[0]["copy_gb_s"], color="k", linestyle="--", label="copy")
+    for name, colour in (("fastpref", STYLE["fastpref"][0]), ("floor", "k")):
+        label = "launches that only move memory" if name == "floor" else name
+        for way, marker in (("fwd", "o"), ("bwd", "s")):
+            options = {"color": colour, "label": f"{label}: {way}", "markersize": 4}
+            plot(axes, chosen(rows, provider=name), f"{way}_gb_s", marker, **options)
+    if copy := [row["copy_gb_s"] for row in rows if row["copy_gb_s"]]:
+        axes.axhline(copy[-1], color="k", linestyle="--", label="copy")
     axes.set(
         xscale="log", xlabel="bytes that must move", ylabel="GB/s on the device", ylim=(0, None)
     )
     axes.legend(fontsize=8)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Plots and the table of benchmarks/README.md.")
     parser.add_argument("results", nargs="*", type=Path, help="only these, and only pictures")
-    args = parser.parse_args()
-    found = sorted((HERE / "results").glob("*.csv"))
-    paths = args.results or [path for path in found if "wall_us" in path.read_text()[:500]]
+    args = parser.parse_args(argv)
+    paths = [
+        table
+        for path in args.results or [HERE / "results"]
+        for table in (sorted(path.glob("*.csv")) if path.is_dir() else [path])
+        if "wall_us" in table.read_text()[:500]
+    ]
     tables = []
     for path in paths:
         rows = read(path)
         draw(rows, path.with_suffix(".png"))
-        if any(row["shape"] == "hunyuan720" and row["fwd_us"] for row in rows):
+        if any(row["fwd_us"] for row in rows):
+            print("\n".join(floors(rows)))
             for what, figure, bound, lower in targets(rows):
                 met = figure >= bound if lower else figure <= bound
                 sign = ">=" if lower else "<="

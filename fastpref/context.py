@@ -51,8 +51,15 @@ def dispatches_itself(tensor: Tensor | None) -> bool:
 _PLAIN = {Tensor, type(None)}
 
 
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]  # 2.11 cannot trace it
+
+
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Autocast turned off, where it is on."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if _has_autocast(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,50 +17,84 @@ if not HAS_GPU:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # tensors are tiny: more threads only wait for one another
 
-# `make gpu-check` runs where only torch and Triton need be; `make test` installs all of these.
-TRAINER = ("accelerate", "datasets", "diffusers", "matplotlib", "peft")
+# What test files need beyond torch, triton, pytest, numpy, mpmath and hypothesis. `pytest --bare`,
+# which `make gpu-check` runs, leaves out files (and tests marked "needs") whose packages are
+# missing; without the flag that is an error. test_gpu_check.py compares this with the imports.
+TRAINER = (
+    "PIL", "accelerate", "datasets", "diffusers", "huggingface_hub", "matplotlib", "packaging",
+    "peft", "pyarrow", "safetensors", "skimage", "sklearn", "tqdm", "transformers", "yaml",
+)  # fmt: skip
 NEEDS = {
     **dict.fromkeys(
         (
             "test_bench_step.py", "test_examples_data.py", "test_generate.py", "test_heldout.py",
             "test_latent_cache.py", "test_lora_files.py", "test_many_processes.py",
-            "test_painting.py", "test_pair_sources.py", "test_resume_safety.py", "test_signals.py",
-            "test_train_options.py", "test_train_sdxl.py",
+            "test_painting.py", "test_pair_sources.py", "test_readme.py", "test_resume_safety.py",
+            "test_signals.py", "test_train_options.py", "test_train_sdxl.py",
         ),
         TRAINER,
     ),
-    "test_readme.py": ("diffusers",),
-    "test_mismatch_study.py": ("sklearn", "matplotlib", "tqdm"),
-    "test_packaging.py": ("kernels", "diffusers", "build", "packaging", "uv"),
+    "test_gpu_check.py": ("packaging",),
+    "test_mismatch_study.py": ("PIL", "matplotlib", "sklearn", "tqdm"),
+    "test_packaging.py": ("build", "diffusers", "kernels", "packaging", "transformers", "uv"),
 }  # fmt: skip
 
 
-def installed(name: str) -> bool:
-    spec = importlib.util.find_spec(name)
-    return spec is not None and spec.origin is not None  # our folder kernels/ has no origin
+def missing(names: Sequence[str]) -> list[str]:
+    def installed(name: str) -> bool:
+        spec = importlib.util.find_spec(name)
+        return spec is not None and spec.origin is not None  # our folder kernels/ has no origin
 
-
-collect_ignore = [
-    name for name, needed in NEEDS.items() if HAS_GPU and not all(map(installed, needed))
-]
+    return [name for name in names if not installed(name)]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--bare", action="store_true", help="leave out what needs missing packages")
     text = "what `python tests/aot.py` printed, for test_aot.py to check instead of compiling"
     parser.addoption("--aot_rows", type=Path, metavar="FILE", help=text)
 
 
-def pytest_report_header() -> list[str]:
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    needed = NEEDS.get(collection_path.name, ())
+    return True if config.getoption("bare") and missing(needed) else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("bare"):
+        config.pluginmanager.register(AtOnce(config))
+
+
+class AtOnce:
+    """Shows failures when they happen: a session with a time limit may not reach its end."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.plugins = config.pluginmanager
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self.plugins.get_plugin("terminalreporter")
+        if report.failed and terminal:  # the processes of pytest-xdist have none
+            terminal.write_line(f"\nFAILED {report.nodeid}\n{report.longreprtext}")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
     where = torch.cuda.get_device_name() if HAS_GPU else "Triton's interpreter"
-    left_out = [f"not collected, for want of one of {NEEDS[n]}: {n}" for n in collect_ignore]
-    return [f"kernels run on: {where}", *left_out]
+    lines = [f"kernels run on: {where}"]
+    if config.getoption("bare"):
+        for needed in dict.fromkeys(NEEDS.values()):
+            if lacking := missing(needed):
+                files = ", ".join(name for name, of_file in NEEDS.items() if of_file == needed)
+                lines.append(f"left out for want of {', '.join(lacking)}: {files}")
+    return lines
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    skip = pytest.mark.skip(reason="needs a GPU")
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if "gpu" in item.keywords and not HAS_GPU:
-            item.add_marker(skip)
+        # not item.keywords, which has the names of the folders above, too
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        needs = item.get_closest_marker("needs")
+        if config.getoption("bare") and needs and missing(needs.args):
+            item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(needs.args)}"))
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
-pytest.importorskip("peft")
-
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from accelerate.state import AcceleratorState
@@ -57,7 +54,7 @@ def test_ways_give_rows_of_finite_figures(
             "way", "loss", "trained", "cache", "checkpointing", "optimizer", "vae_dtype", "preset",
             "batch", "resolution", "dtype", "steps", "seconds", "seconds_q20", "seconds_q80",
             "samples_per_s", "peak_gib", "reserved_gib", "memory", "loss_us", "loss_share",
-            "status", "device", "torch", "triton", "git", "time",
+            "status", "device", "torch", "triton", "git", "source", "time",
         ]  # fmt: skip
         assert row["status"] == "ok"
         for name in ("seconds", "samples_per_s", "peak_gib", "loss_us", "loss_share"):

@@ -18,12 +18,9 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
+from diffusers import StableDiffusionXLPipeline
 from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
-
-pytest.importorskip("diffusers")
-
-from diffusers import StableDiffusionXLPipeline
 
 from images import BadImage, Size, fit, open_image, read_size
 from pair_data import (

@@ -8,13 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("diffusers")
-
-import huggingface_hub
 from diffusers import StableDiffusionXLPipeline
 from huggingface_hub import ModelCard
 from peft import LoraConfig

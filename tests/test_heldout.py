@@ -11,9 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("diffusers")
-
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import Dataset

@@ -114,6 +114,7 @@ def test_solution_of_the_benchmark() -> None:
         torch.testing.assert_close(data.solution(clean, t), exact, rtol=0, atol=1e-5)
 
 
+@pytest.mark.needs("diffusers")
 @pytest.mark.parametrize("t", [350, 999])
 def test_official_walk_of_the_benchmark_is_diffusers(t: int) -> None:
     inverse = sdxl_scheduler(
@@ -496,7 +497,8 @@ def test_generator_and_timesteps_on_the_host(device: torch.device) -> None:
 
 
 def sdxl_scheduler(name: str, **options: Any) -> Any:
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers  # not everywhere
+
     return getattr(diffusers, name)(
         num_train_timesteps=T,
         beta_schedule="scaled_linear",
@@ -506,6 +508,7 @@ def sdxl_scheduler(name: str, **options: Any) -> Any:
     )
 
 
+@pytest.mark.needs("diffusers")
 @pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler", "EulerDiscreteScheduler"])
 @pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
 def test_diffusers_schedulers(name: str, predicts: PredictionType) -> None:
@@ -524,6 +527,7 @@ def test_diffusers_schedulers(name: str, predicts: PredictionType) -> None:
     assert torch.equal(tau, renoise.target) == (predicts == "epsilon")
 
 
+@pytest.mark.needs("diffusers")
 def test_sdxl_samples_back_what_renoise_inverted() -> None:
     """By its own sampler, which is DDIM's in other coordinates, over the same timesteps."""
     sampler = sdxl_scheduler("EulerDiscreteScheduler")
@@ -540,6 +544,7 @@ def test_sdxl_samples_back_what_renoise_inverted() -> None:
     torch.testing.assert_close(x, clean, rtol=0, atol=1e-4)
 
 
+@pytest.mark.needs("diffusers")
 def test_sigma_of_eta_is_that_of_diffusers_ddim() -> None:
     """The step from clean adds none; the second adds what DDIM sampling back over it would."""
     sampler = sdxl_scheduler("DDIMScheduler")

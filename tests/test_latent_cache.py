@@ -16,9 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("diffusers")
-
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import Dataset, Features, Image, Value

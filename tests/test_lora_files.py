@@ -17,9 +17,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
-pytest.importorskip("peft")
-
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from diffusers import StableDiffusionXLPipeline

@@ -12,9 +12,6 @@ from typing import Any
 
 import pytest
 import yaml
-
-pytest.importorskip("diffusers")
-
 from accelerate.utils import DistributedType
 
 from curves import read_metrics

@@ -12,9 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("diffusers")
-
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from PIL import Image
 

@@ -16,8 +16,6 @@ from datasets import Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-pytest.importorskip("diffusers")
-
 from check_data import check_data
 from images import open_image
 from pair_data import (

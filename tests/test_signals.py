@@ -16,8 +16,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("diffusers")
-
 from checkpoints import list_checkpoints, step_of
 from curves import read_metrics
 from launch_trainer import run
