@@ -116,30 +116,27 @@ def _samples(side: Side) -> list[Side]:
     return found
 
 
-def _offset(side: Side, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """pred - target, and the elements that the mask hides, which are 0 there, NaN or not."""
-    diff = side.pred.to(dtype) - side.target.to(dtype)
-    if side.mask is None:
-        return diff, None
-    hidden = side.mask == 0
-    return torch.where(hidden, 0.0, diff), hidden
+def _cast(side: Side, dtype: torch.dtype) -> Side:
+    tensors = [t if t is None or t.dtype == dtype else t.to(dtype) for t in side[:3]]
+    return Side(*tensors, side.mask)  # type: ignore[arg-type, call-arg]
 
 
 def _per_sample(elements: Tensor, side: Side, error_reduction: str) -> Tensor:
-    """(S, B) means or sums over the elements of a sample."""
-    inner = tuple(range(2, elements.dim()))
-    if side.mask is None:
-        return elements.mean(inner) if error_reduction == "mean" else elements.sum(inner)
-    total = (side.mask * elements).sum(inner)
+    """(..., S, B) means or sums over the elements of each sample, (..., S, B, elements)."""
+    if side.mask is not None:
+        elements = side.mask * elements
+    total = (elements if elements.dim() == 3 else elements.flatten(2)).sum(2)
     if error_reduction == "sum":
         return total
+    if side.mask is None:
+        return total / elements[0, 0].numel()
     size = _mask_size(side, total.dtype)
     return torch.where(size == 0, 0.0, total) / torch.where(size == 0, 1.0, size)
 
 
 def _mask_size(side: Side, dtype: torch.dtype) -> Tensor:
     assert side.mask is not None
-    return side.mask.to(dtype).flatten(2).sum(dim=2)
+    return side.mask.to(dtype).flatten(2).sum(2)
 
 
 def _root(diff: Tensor, c: Any) -> Tensor:
@@ -158,36 +155,48 @@ def _gaps(moved: Tensor, diff: Tensor, diff_ref: Tensor, huber_c: Any) -> Tensor
     return gaps if huber_c is None else gaps / (_root(diff, huber_c) + _root(diff_ref, huber_c))
 
 
-def _sums(side: Side, options: Options, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """(S, B) each: errors, what they are above those of the reference, and those. On a CPU, large
-    tensors a sample at a time: fresh memory costs more there than arithmetic."""
-    shape = side.pred.shape[:2]
-    if side.pred.numel() > LARGE and shape.numel() > 1 and side.pred.device.type == "cpu":
+def _sums(side: Side, options: Options, dtype: torch.dtype) -> list[Tensor]:
+    """(S, B) each: errors, and with a reference what they are above its own, and those. On a CPU,
+    large tensors a sample at a time: fresh memory costs more there than arithmetic."""
+    shape, on_cpu = side.pred.shape[:2], side.pred.device.type == "cpu"
+    if side.pred.numel() > LARGE and on_cpu and shape.numel() > 1:
         each = [_sums(sample, options, dtype) for sample in _samples(side)]
-        return tuple(torch.cat(kind).view(shape) for kind in zip(*each, strict=True))
-    diff, hidden = _offset(side, dtype)
-    per_sample = functools.partial(_per_sample, side=side, error_reduction=options.error_reduction)
-    if side.ref is None:
-        plain = options.huber_c is None
-        err = per_sample(diff.square_() if plain else _squares(diff, options.huber_c))
-        return (err, err, err)
+        return [torch.cat(kind).view(shape) for kind in zip(*each, strict=True)]
+    pred, target, ref, mask = _cast(side, dtype)
+    hidden = None if mask is None else mask == 0  # what it hides may be anything, NaN too
+
+    def off(a: Tensor, b: Tensor) -> Tensor:
+        return a - b if hidden is None else torch.where(hidden, 0.0, a - b)
+
+    def per_sample(elements: Tensor) -> Tensor:
+        return _per_sample(elements, side, options.error_reduction)
+
+    plain = options.huber_c is None
+    diff = off(pred, target)
+    if ref is None:
+        return [per_sample(diff.square_() if plain else _squares(diff, options.huber_c))]
     err = per_sample(_squares(diff, options.huber_c))
-    ref = side.ref.to(dtype)
     if ref.dim() == 2:
-        return err, err - ref, ref
-    moved, diff_ref = side.pred.to(dtype) - ref, ref - side.target.to(dtype)
-    if hidden is not None:
-        moved, diff_ref = (torch.where(hidden, 0.0, t) for t in (moved, diff_ref))
+        return [err, err - ref, ref]
+    moved = off(pred, ref)
+    if plain and on_cpu:
+        # (pred - ref) * (pred - target + ref - target), with one pass over the memory less
+        gap = 2.0 * per_sample(diff.sub_(moved, alpha=0.5).mul_(moved))
+        of_ref = err - gap
+        if bool((of_ref > 1e-2 * err).all()):  # no difference of two large numbers, then
+            return [err, gap, of_ref]
+    diff_ref = off(ref, target)
     of_ref = per_sample(_squares(diff_ref, options.huber_c))
-    if options.huber_c is None:
-        return err, per_sample(diff.add_(diff_ref).mul_(moved)), of_ref
-    return err, per_sample(_gaps(moved, diff, diff_ref, options.huber_c)), of_ref
+    if plain and on_cpu:
+        return [err, gap, of_ref]
+    return [err, per_sample(_gaps(moved, diff, diff_ref, options.huber_c)), of_ref]
 
 
-def _by_label(sums: Sequence[tuple[Tensor, ...]], swap: bool) -> list[Tensor]:
-    """(2, B) of each kind of sums, winners' first."""
+def _by_label(sums: Sequence[Sequence[Tensor]], swap: bool) -> list[Tensor]:
+    """(2, B) of each kind of sums, winners' first: errors, gaps, and errors of the reference."""
     kinds = sums[0] if len(sums) == 1 else [torch.cat(kind) for kind in zip(*sums, strict=True)]
-    return [kind.flip(0) for kind in kinds] if swap else list(kinds)
+    kinds = [kind.flip(0) for kind in kinds] if swap else list(kinds)
+    return kinds if len(kinds) == 3 else kinds * 3
 
 
 # The closed form ---------------------------------------------------------------------------------
@@ -214,7 +223,7 @@ class _ClosedForm(torch.autograd.Function):
             stats += [of_ref, gaps]
         made = torch.cat(stats)
         ctx.slopes = slopes.flip(0) if pairs.swap else slopes  # in the order of pred's samples
-        ctx.pairs, ctx.options = pairs._replace(pred=(None, None)), options
+        ctx.pairs, ctx.options = pairs[1:], options
         # The constants are for autograd to see if somebody changes them.
         ctx.save_for_backward(pred, pred_l, *pairs.target, *pairs.ref, *pairs.mask)
         ctx.mark_non_differentiable(made)
@@ -226,7 +235,7 @@ class _ClosedForm(torch.autograd.Function):
         if grad_loss is None:
             return None, None, None, None
         needed = ctx.needs_input_grad[:2]
-        pairs: Pairs = ctx.pairs._replace(pred=ctx.saved_tensors[:2])
+        pairs = Pairs(ctx.saved_tensors[:2], *ctx.pairs)
         with no_autocast(pairs.device):
             if (
                 torch.is_grad_enabled()  # create_graph=True
@@ -294,14 +303,17 @@ def _closed_form(
         grad = torch.empty_like(given)
         rows = grad.view(side.pred.shape)
         factor = factor[(...,) + (None,) * (rows.dim() - 2)]
-        if grad.dtype == factor.dtype and side.mask is None and options.huber_c is None:
-            target = side.target.to(factor.dtype)
-            torch.sub(side.pred, target, out=rows).mul_(factor)
+        plain = side.mask is None and options.huber_c is None
+        if plain and grad.dtype == factor.dtype:
+            torch.sub(side.pred, side.target, out=rows).mul_(factor)
         else:
-            diff, _ = _offset(side, factor.dtype)
+            pred, target, _, mask = _cast(side, factor.dtype)
+            diff = pred - target
+            if mask is not None:
+                diff = torch.where(mask == 0, 0.0, diff)
             slopes = diff if options.huber_c is None else diff / _root(diff, options.huber_c)
             rows.copy_(factor * (slopes if side.mask is None else side.mask * slopes))
-        if not readable(factor) or not factor.all():
+        if not readable(factor) or 0.0 in factor.flatten().tolist():
             rows.masked_fill_(factor == 0, 0.0)
         grads[i] = grad
     return grads
