@@ -263,10 +263,10 @@ def _link_in_floats(
         for i in range(n_pairs)
     ]
     loss, slope_w, slope_l, margin = zip(*made, strict=True)
-    rows = torch.tensor([slope_w, slope_l, margin], dtype=errors.dtype)
+    new = functools.partial(torch.tensor, dtype=errors.dtype, device=errors.device)
+    rows = new([slope_w, slope_l, margin])
     total = sum(loss) / (n_pairs if options.reduction == "mean" else 1)
-    value = torch.tensor(loss if options.reduction == "none" else total, dtype=errors.dtype)
-    return value, rows[:2], rows[2]
+    return new(loss if options.reduction == "none" else total), rows[:2], rows[2]
 
 
 def _per_pair(scalar: Scalar, n_pairs: int) -> list[float]:
@@ -285,11 +285,19 @@ def _closed_form(
     """
     scale = 1.0 / pairs.n_pairs if options.reduction == "mean" else 1.0
     scale *= 2.0 if options.huber_c is None else 1.0
-    grads: list[Tensor | None] = [None, None]
+    grads = [
+        torch.empty_like(t) if need and t is not None else None
+        for t, need in zip(pairs.pred, needed, strict=True)
+    ]
     sides = _sides(pairs)
+    n = pairs.n_pairs
     for i, side in enumerate(sides):
-        if not needed[i]:
+        grad = grads[0] if pairs.pred[1] is None else grads[i]
+        if grad is None:
             continue
+        if pairs.pred[1] is None and len(sides) == 2:
+            grad = grad[i * n : (i + 1) * n]
+        rows = grad.view(side.pred.shape)
         of_side = factors if len(sides) == 1 else factors[i : i + 1]
         if options.error_reduction == "mean" and side.mask is None:
             factor = of_side * (scale / side.pred[0, 0].numel())
@@ -298,10 +306,6 @@ def _closed_form(
             if options.error_reduction == "mean":
                 size = _mask_size(side, factor.dtype)
                 factor = torch.where(size == 0, 0.0, factor) / torch.where(size == 0, 1.0, size)
-        given = pairs.pred[i]
-        assert given is not None
-        grad = torch.empty_like(given)
-        rows = grad.view(side.pred.shape)
         factor = factor[(...,) + (None,) * (rows.dim() - 2)]
         plain = side.mask is None and options.huber_c is None
         if plain and grad.dtype == factor.dtype:
@@ -315,7 +319,6 @@ def _closed_form(
             rows.copy_(factor * (slopes if side.mask is None else side.mask * slopes))
         if not readable(factor) or 0.0 in factor.flatten().tolist():
             rows.masked_fill_(factor == 0, 0.0)
-        grads[i] = grad
     return grads
 
 

@@ -262,13 +262,15 @@ def test_fake_tensors_and_make_fx(impl: str) -> None:
     assert grad.shape == (4, 3, 5)
     assert drop.shape == (2,)
     graph = make_fx(step)(PRED)
+    # "torch" is the closed form in eager mode, and differentiable operations in a graph.
+    near = {"rtol": 0, "atol": 0} if impl == "triton" else {"rtol": 1e-5, "atol": 1e-8}
     for pred in (PRED, 2 * PRED):
-        torch.testing.assert_close(graph(pred), step(pred), rtol=0, atol=0)
+        torch.testing.assert_close(graph(pred), step(pred), **near)
     if impl == "triton":
         called = {str(node.target) for node in graph.graph.nodes}
         assert {"fastpref.pair_forward.default", "fastpref.pair_backward.default"} <= called
     with FlopCounterMode(display=False):
-        torch.testing.assert_close(step(PRED), graph(PRED), rtol=0, atol=0)
+        torch.testing.assert_close(step(PRED), graph(PRED), **near)
 
 
 def test_meta_tensors_give_shapes() -> None:

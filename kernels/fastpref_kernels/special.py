@@ -95,6 +95,7 @@ def in_torch(text: Any) -> Callable[..., Any]:
     fn: FunctionType = text.fn
     name = f"{fn.__module__}_in_torch"
     module = sys.modules.setdefault(name, ModuleType(name))
+    vars(module)["__builtins__"] = fn.__globals__["__builtins__"]
     for used in _names(fn.__code__):
         if used in fn.__globals__:
             setattr(module, used, _translated(fn.__globals__[used]))
