@@ -234,6 +234,8 @@ class _ClosedForm(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> Any:
         if grad_loss is None:
             return None, None, None, None
+        if grad_loss._is_zerotensor():  # it has no memory
+            grad_loss = grad_loss.clone()
         needed = ctx.needs_input_grad[:2]
         pairs = Pairs(ctx.saved_tensors[:2], *ctx.pairs)
         with no_autocast(pairs.device):
