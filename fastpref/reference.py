@@ -223,7 +223,7 @@ class _ClosedForm(torch.autograd.Function):
             stats += [of_ref, gaps]
         made = torch.cat(stats)
         ctx.slopes = slopes.flip(0) if pairs.swap else slopes  # in the order of pred's samples
-        ctx.pairs, ctx.options = pairs[1:], options
+        ctx.rest, ctx.options = pairs[4:], options
         # The constants are for autograd to see if somebody changes them.
         ctx.save_for_backward(pred, pred_l, *pairs.target, *pairs.ref, *pairs.mask)
         ctx.mark_non_differentiable(made)
@@ -237,7 +237,8 @@ class _ClosedForm(torch.autograd.Function):
         if grad_loss._is_zerotensor():  # it has no memory
             grad_loss = grad_loss.clone()
         needed = ctx.needs_input_grad[:2]
-        pairs = Pairs(ctx.saved_tensors[:2], *ctx.pairs)
+        saved = ctx.saved_tensors
+        pairs = Pairs(saved[:2], saved[2:4], saved[4:6], saved[6:], *ctx.rest)
         with no_autocast(pairs.device):
             if (
                 torch.is_grad_enabled()  # create_graph=True
