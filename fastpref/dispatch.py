@@ -236,14 +236,9 @@ def pair_loss(
     huber = check_huber(huber_c, device)
     run = ops.pair_loss if _takes_triton(impl, pairs) else reference.pair_loss
     loss, stats = run(chosen, numbers, pairs, huber, reduction, error_reduction)
-    mse_w, mse_l, margin, *rest = stats.unbind()
-    if swap:
-        mse_w, mse_l = mse_l, mse_w
     if pairs.ref[0] is None:
-        return LossOutput(loss, mse_w, mse_l, margin)
-    ref_w, ref_l, drop_w, drop_l = rest[-4:]
-    if swap:
-        ref_w, ref_l, drop_w, drop_l = ref_l, ref_w, drop_l, drop_w
+        return LossOutput(loss, *stats.unbind()[:3])
+    mse_w, mse_l, drop_w, drop_l, ref_w, ref_l, margin, *_ = stats.unbind()
     return LossOutput(loss, mse_w, mse_l, margin, ref_w, ref_l, drop_w, drop_l)
 
 

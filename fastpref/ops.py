@@ -28,7 +28,7 @@ if not TRITON_MISSING:
 INTERPRETED = not TRITON_MISSING and launch.INTERPRETED
 
 _PAIRS = "Tensor pred, Tensor? pred_l, Tensor target, Tensor? target_l"
-_MASK = "Tensor? mask, Tensor? mask_l, bool swap, float? huber_c, Tensor? huber_t"
+_MASK = "Tensor? mask, Tensor? mask_l, float? huber_c, Tensor? huber_t"
 
 
 def pair_loss(
@@ -40,7 +40,7 @@ def pair_loss(
     error_reduction: str,
 ) -> tuple[Tensor, Tensor]:
     """(loss, stats) by the kernels, as `reference.pair_loss`; stats have the factors of the
-    gradient between the margin and what is of the reference."""
+    gradient after the margin."""
     constants = (pairs.target, pairs.ref, pairs.mask, pairs.swap, huber_c)
     opaque = pairs.intercepted
     options = (link, scalars, reduction, error_reduction, opaque)
@@ -66,14 +66,14 @@ class _PairLoss(torch.autograd.Function):
             tensors = [s if isinstance(s, Tensor) else None for s in scalars]
             # by name: importing this module anew replaces the ops
             loss, stats = torch.ops.fastpref.pair_forward(
-                link.key, values, tensors, pred, pred_l, *target, *ref, *mask, swap,
-                huber_c, huber_t, *reductions,
+                link.key, values, tensors, pred, pred_l, *target, *ref, *mask,
+                huber_c, huber_t, swap, *reductions,
             )  # fmt: skip
         else:
             loss, stats = launch.pair_forward(
                 link, scalars, (pred, pred_l), target, ref, mask, swap, huber, *reductions
             )
-        ctx.huber_c, ctx.swap, ctx.opaque = huber_c, swap, opaque
+        ctx.huber_c, ctx.opaque = huber_c, opaque
         ctx.save_for_backward(stats, huber_t, pred, pred_l, *target, *mask)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
@@ -101,7 +101,7 @@ class _PairLoss(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             run = functools.partial(_OnlyOnce.apply, run)
         stats, huber_t, *read = ctx.saved_tensors
-        grads = run(grad_loss, stats, *read, ctx.swap, ctx.huber_c, huber_t, need, need_l)
+        grads = run(grad_loss, stats, *read, ctx.huber_c, huber_t, need, need_l)
         return grads[0] if need else None, grads[-1] if need_l else None, None, None
 
 
@@ -125,7 +125,7 @@ class _OnlyOnce(torch.autograd.Function):
     "fastpref::pair_forward",
     mutates_args=(),
     schema=f"(str link, float[] values, Tensor?[] tensors, {_PAIRS}, Tensor? ref, Tensor? ref_l,"
-    f" {_MASK}, str reduction, str error_reduction) -> (Tensor, Tensor)",
+    f" {_MASK}, bool swap, str reduction, str error_reduction) -> (Tensor, Tensor)",
 )
 def pair_forward(
     link: str,
@@ -139,9 +139,9 @@ def pair_forward(
     ref_l: Tensor | None,
     mask: Tensor | None,
     mask_l: Tensor | None,
-    swap: bool,
     huber_c: float | None,
     huber_t: Tensor | None,
+    swap: bool,
     reduction: str,
     error_reduction: str,
 ) -> tuple[Tensor, Tensor]:
@@ -162,7 +162,6 @@ def _launch_backward(
     target_l: Tensor | None,
     mask: Tensor | None,
     mask_l: Tensor | None,
-    swap: bool,
     huber_c: float | None,
     huber_t: Tensor | None,
     need: bool,
@@ -170,7 +169,7 @@ def _launch_backward(
 ) -> list[Tensor]:
     huber = huber_c if huber_t is None else huber_t
     grads = launch.pair_backward(
-        grad_loss, stats, (pred, pred_l), (target, target_l), (mask, mask_l), swap,
+        grad_loss, stats, (pred, pred_l), (target, target_l), (mask, mask_l),
         huber, (need, need_l),
     )  # fmt: skip
     return [grad for grad in grads if grad is not None]

@@ -41,7 +41,8 @@ def pair_loss(
     error_reduction: str,
 ) -> tuple[Tensor, Tensor]:
     """(loss, stats): the loss, () or (B,) for reduction "none", and detached stats (3 or 7, B):
-    mse_w, mse_l, margin, and with a reference its errors and the gaps, winner's and loser's each.
+    mse_w and mse_l, with a reference the gaps and its errors, winner's and loser's each, and the
+    margin.
 
     `scalars` are the link's hyper-parameters and then, all or none, the knobs.
     """
@@ -192,11 +193,18 @@ def _sums(side: Side, options: Options, dtype: torch.dtype) -> list[Tensor]:
     return [err, per_sample(_gaps(moved, diff, diff_ref, options.huber_c)), of_ref]
 
 
-def _by_label(sums: Sequence[Sequence[Tensor]], swap: bool) -> list[Tensor]:
-    """(2, B) of each kind of sums, winners' first: errors, gaps, and errors of the reference."""
+def _kinds(sums: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """(2, B) of each kind of sums: errors, gaps, and errors of the reference."""
     kinds = sums[0] if len(sums) == 1 else [torch.cat(kind) for kind in zip(*sums, strict=True)]
-    kinds = [kind.flip(0) for kind in kinds] if swap else list(kinds)
-    return kinds if len(kinds) == 3 else kinds * 3
+    return [*kinds] if len(kinds) == 3 else [kinds[0]] * 3
+
+
+def _stats(pairs: Pairs, kinds: list[Tensor], margin: Tensor) -> Tensor:
+    return torch.cat([*(kinds[:1] if pairs.ref[0] is None else kinds), margin[None]])
+
+
+def _swapped(two: Tensor, swap: bool) -> Tensor:
+    return two.flip(0) if swap else two
 
 
 # The closed form ---------------------------------------------------------------------------------
@@ -208,21 +216,18 @@ class _ClosedForm(torch.autograd.Function):
         ctx: Any, pred: Tensor, pred_l: Tensor | None, pairs: Pairs, options: Options
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if pairs.wide else torch.float32
-        sums = _by_label([_sums(side, options, dtype) for side in _sides(pairs)], pairs.swap)
+        sums = _kinds([_sums(side, options, dtype) for side in _sides(pairs)])
+        errors, gaps = (_swapped(kind, pairs.swap) for kind in sums[:2])
         if pairs.device.type == "cpu" and pairs.n_pairs <= FEW:
-            loss, slopes, margin = _link_in_floats(options, *sums)
+            loss, slopes, margin = _link_in_floats(options, errors, gaps)
         else:
             per_pair, *each, margin = pair_losses(
-                options.link, tuple(sums[0]), tuple(sums[1]), options.scalars
+                options.link, tuple(errors), tuple(gaps), options.scalars
             )
             loss = reduce(per_pair, options.reduction)
             slopes = torch.stack([torch.zeros_like(margin) + slope for slope in each])
-        errors, gaps, of_ref = sums
-        stats = [errors, margin[None]]
-        if pairs.ref[0] is not None:
-            stats += [of_ref, gaps]
-        made = torch.cat(stats)
-        ctx.slopes = slopes.flip(0) if pairs.swap else slopes  # in the order of pred's samples
+        made = _stats(pairs, sums, margin)
+        ctx.slopes = _swapped(slopes, pairs.swap)
         ctx.rest, ctx.options = pairs[4:], options
         # The constants are for autograd to see if somebody changes them.
         ctx.save_for_backward(pred, pred_l, *pairs.target, *pairs.ref, *pairs.mask)
@@ -252,7 +257,7 @@ class _ClosedForm(torch.autograd.Function):
 
 
 def _link_in_floats(
-    options: Options, errors: Tensor, gaps: Tensor, _: Tensor
+    options: Options, errors: Tensor, gaps: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, slopes, margin) of a few pairs, for which one operation on tensors costs more than all
     of a link on numbers."""
@@ -376,12 +381,10 @@ def _differentiable(pairs: Pairs, options: Options) -> tuple[Tensor, Tensor]:
     of_err = _of_sides((uses.err_w, uses.err_l), pairs, len(sides))
     of_gap = _of_sides((uses.gap_w, uses.gap_l), pairs, len(sides))
     sums = [_gated_sums(*each, options, dtype) for each in zip(sides, of_err, of_gap, strict=True)]
-    errors, gaps, of_ref = _by_label(sums, pairs.swap)
+    kinds = _kinds(sums)
+    errors, gaps = (_swapped(kind, pairs.swap) for kind in kinds[:2])
     per_pair, *_, margin = pair_losses(options.link, tuple(errors), tuple(gaps), options.scalars)
-    stats = [errors, margin[None]]
-    if pairs.ref[0] is not None:
-        stats += [of_ref, gaps]
-    return reduce(per_pair, options.reduction), torch.cat(stats)
+    return reduce(per_pair, options.reduction), _stats(pairs, kinds, margin)
 
 
 def _of_sides(live: tuple[Any, Any], pairs: Pairs, n_sides: int) -> list[Any]:

@@ -134,7 +134,7 @@ def recorders(case: Case) -> tuple[Recorder, Recorder]:
         scalars += [torch.ones(2) if case.knobs == "tensors" else 0.5] * len(KNOBS)
     huber = 0.001 if case.huber else None
     pred, target, masks = (model_pred, None), (wanted, None), (mask, None)
-    count = (2, 2**32) if case.layout == "wide" else launch._count(pred)
+    count = (2, 2**32) if case.layout == "wide" else launch._count(pred, 2, None)
     with recorded() as both, unplanned(), mock.patch.object(launch, "_count", return_value=count):
         loss, stats = launch.pair_forward(
             LINKS[case.link], scalars, pred, target, ref, masks, huber_c=huber
@@ -251,7 +251,7 @@ def signatures() -> tuple[int, int]:
         strides: Any = (),
     ) -> None:  # fmt: skip
         plans.append(plan)  # as long as it lives, its id is its own
-        key = (id(plan), *launch._signature(device, (*pointers, *tensors), strides))
+        key = (id(plan), *launch._signature(device, launch._flat((*pointers, tensors)), strides))
         ticket = (torch.zeros(1, dtype=torch.int32),) * plan.ticket
         options = {"plan": plan, "pointers": pointers}
         kernel[plan.grid](*pointers, *ticket, *numbers, *plan.arguments, **options)
@@ -264,7 +264,7 @@ def signatures() -> tuple[int, int]:
                 LINKS[link], scalars, pred, target, ref, mask, swap, huber
             )
             needed = (True, pred[1] is None or swap)
-            launch.pair_backward(grad, stats, pred, target, mask, swap, huber, needed)
+            launch.pair_backward(grad, stats, pred, target, mask, huber, needed)
     return len(seen), len(set(seen.values()))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
 from . import pair
-from .links import Link
+from .links import Group, Link
 
 # Whether TRITON_INTERPRET was set when Triton was imported.
 INTERPRETED = not isinstance(pair.pair_fwd, triton.JITFunction)
@@ -28,8 +28,25 @@ INT32_ELEMENTS = 2**31 - BLOCK
 
 # One tensor, stacked or shared by the pair, and None; or winners and losers; or None and None.
 Operand = tuple[Tensor | None, Tensor | None]
-Strides = tuple[tuple[int, ...], tuple[int, ...]]  # of winners and losers
+Strides = tuple[tuple[int, ...], ...]  # of each tensor
 ABSENT: Operand = (None, None)
+
+
+class More(NamedTuple):
+    """What only some links take. base, affine: the target is (target - a base) * inverse_b, with a
+    and inverse_b as numbers or tensors of a row each; the members of a group follow one another
+    there. anchor: another model's predictions. mix: what `plus` and `minus` mix with. lengths: (B,)
+    integers, how many members a group has. n_groups: where pred's rows do not tell."""
+
+    base: Operand = ABSENT
+    anchor: Operand = ABSENT
+    affine: tuple[float | Tensor, ...] = ()
+    mix: float = 0.0
+    lengths: Tensor | None = None
+    n_groups: int | None = None
+
+
+NOTHING_MORE = More()
 
 
 class Plan(NamedTuple):
@@ -47,7 +64,7 @@ class Plan(NamedTuple):
 
 
 def pair_forward(
-    link: Link,
+    link: Link | Group,
     scalars: Sequence[float | Tensor],
     pred: Operand,
     target: Operand,
@@ -57,17 +74,22 @@ def pair_forward(
     huber_c: float | Tensor | None = None,
     reduction: str = "mean",
     error_reduction: str = "mean",
+    more: More = NOTHING_MORE,
 ) -> tuple[Tensor, Tensor]:
-    """One launch: the loss, () or (B,) for reduction "none", and stats (5, B): mse_w, mse_l,
-    margin, and the factors of the gradient; with a reference (9, B), its errors and the gaps.
+    """One launch: the loss, () or (B,) for reduction "none", and stats (rows, B): the sums of each
+    member (of a pair mse_w, mse_l, and with a reference the gaps and its errors), the margin or
+    score, and the factors of the gradient.
 
     scalars: the link's hyper-parameters and then, all or none, the knobs: numbers, or tensors of
     shape () or (B,). ref: predictions, or of one dimension, errors. mask: expanded to pred's sizes.
-    swap: the losers come first.
+    swap: the link takes the loser for the winner.
     """
     plan = _plan_forward(
-        link, reduction, error_reduction, swap,
-        *[t if t is None else (t.shape, t.stride()) for t in (*pred, *target, *ref, *mask)],
+        link, reduction, error_reduction, swap, more.n_groups,
+        *[
+            t if t is None else (t.shape, t.stride())
+            for t in (*pred, *target, *ref, *mask, *more.base, *more.anchor)
+        ],
     )  # fmt: skip
     assert pred[0] is not None
     device = pred[0].device
@@ -75,14 +97,15 @@ def pair_forward(
     stats = torch.empty(*plan.stats, dtype=torch.float32, device=device)  # read faster than a tuple
     partials = torch.empty(*plan.partials, dtype=torch.float32, device=device)
     pointers = (
-        *_pointers(pred, swap), *_pointers(target, swap),
-        *_pointers(ref, swap), *_pointers(mask, swap),
-        loss, stats, partials,
+        _pointers(pred), _pointers(target), _pointers(ref), _pointers(mask),
+        _pointers(more.base), _pointers(more.anchor), loss, stats, partials,
     )  # fmt: skip
     values, tensors, strides = _scalars(scalars)
     huber, of_huber = _huber(huber_c)
-    numbers = (values, tensors, strides, huber)
-    _launch(pair.pair_fwd, plan, device, pointers, numbers, (*tensors, *of_huber), strides)
+    affine = _scalars(more.affine) if more.affine else ()
+    numbers = (more.lengths, values, tensors, strides, huber, affine, more.mix)
+    seen = (more.lengths, *tensors, *of_huber, *(affine[1] if affine else ()))
+    _launch(pair.pair_fwd, plan, device, pointers, numbers, seen, strides)
     return loss, stats
 
 
@@ -92,25 +115,35 @@ def pair_backward(
     pred: Operand,
     target: Operand,
     mask: Operand = ABSENT,
-    swap: bool = False,
     huber_c: float | Tensor | None = None,
     needed: tuple[bool, bool] = (True, True),
+    link: Link | Group | None = None,
+    ref: Operand = ABSENT,
+    more: More = NOTHING_MORE,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """One launch: the gradients of `pred`'s tensors, where needed, in their dtype and layout."""
+    """One launch: the gradients of `pred`'s tensors, where needed, in their dtype and layout. link:
+    one whose gradient has more directions than that of a pair's errors."""
     grad = torch.empty_like(pred[0]) if needed[0] and pred[0] is not None else None
     grad_l = torch.empty_like(pred[1]) if needed[1] and pred[1] is not None else None
+    if not isinstance(link, Group) or not link.drift:
+        ref = ABSENT
     plan = _plan_backward(
-        swap,
-        *[t if t is None else (t.shape, t.stride()) for t in (*pred, *target, *mask, grad, grad_l)],
-    )
-    grads = (grad, grad if pred[1] is None else grad_l)
+        link if isinstance(link, Group) else None, more.n_groups, stats.shape[0],
+        *[
+            t if t is None else (t.shape, t.stride())
+            for t in (*pred, *target, *ref, *mask, *more.base, *more.anchor, grad, grad_l)
+        ],
+    )  # fmt: skip
+    grads = (grad,) if pred[1] is None else (grad, grad_l)
     pointers = (
-        *_pointers(pred, swap), *_pointers(target, swap), *_pointers(mask, swap),
-        *(grads[::-1] if swap else grads), grad_loss, stats,
+        _pointers(pred), _pointers(target), _pointers(ref), _pointers(mask),
+        _pointers(more.base), _pointers(more.anchor), grads, grad_loss, stats,
     )  # fmt: skip
     huber, of_huber = _huber(huber_c)
-    numbers = (huber, _stride(grad_loss))
-    _launch(pair.pair_bwd, plan, stats.device, pointers, numbers, of_huber)
+    affine = _scalars(more.affine) if more.affine else ()
+    numbers = (huber, affine, _stride(grad_loss))
+    seen = (*of_huber, *(affine[1] if affine else ()))
+    _launch(pair.pair_bwd, plan, stats.device, pointers, numbers, seen)
     return grad, grad_l
 
 
@@ -119,92 +152,112 @@ Laid = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides of a tensor
 
 @functools.lru_cache(4096)
 def _plan_forward(
-    link: Link, reduction: str, error_reduction: str, swap: bool, *laid: Laid | None
-) -> Plan:
-    pred, target, ref, mask = _operands(laid)
-    n_pairs, n_elements = _count(pred)
-    n_programs = _programs(n_pairs, n_elements)
+    link: Link | Group, reduction: str, error_reduction: str, swap: bool, n_groups: int | None,
+    *laid: Laid | None,
+) -> Plan:  # fmt: skip
+    operands = pred, target, ref, mask, base, anchor = _operands(laid)
+    members = link.members
+    n_groups, n_elements = _count(pred, members, n_groups)
+    n_programs = _programs(n_groups, n_elements)
     ref_errors = ref[0] is not None and ref[0].dim() == 1
     paired = ref[0] is not None and not ref_errors
     sizes, strides, wide = _layout(
-        n_elements, swap, pred, target, ABSENT if ref_errors else ref, mask
+        n_elements, pred, target, ABSENT if ref_errors else ref, mask, base, anchor
     )
     scattered = _scattered(sizes, strides)
     if ref_errors:
-        ref_w, ref_l = _pointers(ref, swap)
-        strides[2] = (_stride(ref_w),), (_stride(ref_l),)
-    n_sums = 2 + 4 * paired + 2 * (mask[0] is not None)
+        strides[2] = tuple((_stride(t),) for t in _pointers(ref))
+    forms = [_form(each, n_groups, members, link) for each in operands]
+    group = link if isinstance(link, Group) else None
+    of_link: tuple[Any, ...] = (None, None, False, None, None, 0, 0, 0.0)
+    if isinstance(link, Group):
+        of_link = (link.triton, link.first and link.first.triton, link.log_sum_exp,
+                   None, None, 0, 0, 0.0)  # fmt: skip
+    else:
+        of_link = (None, None, False, link.score.triton, link.shape.triton,
+                   len(link.score.hyper), len(link.hyper), link.sft_weight)  # fmt: skip
+    drift, mixed, cross = (bool(group and getattr(group, n)) for n in ("drift", "mixed", "cross"))
+    has_anchor = anchor[0] is not None
+    kinds = 1 + 2 * paired + drift + 2 * mixed + has_anchor
+    shown = kinds + 2 * ref_errors
+    mean = error_reduction == "mean"
+    counts = (1 if forms[3] == "shared" else members) if forms[3] and mean else 0
+    directions = 1 + drift + has_anchor
     return Plan(
-        grid=(n_pairs * n_programs, 1, 1),
+        grid=(n_groups * n_programs, 1, 1),
         arguments=(
-            n_pairs, n_elements, n_programs,
-            sizes, *strides, 1.0 / n_pairs if reduction == "mean" else 1.0,
-            link.score.triton, link.shape.triton, len(link.score.hyper), len(link.hyper),
-            link.sft_weight, reduction != "none", error_reduction == "mean",
-            _form(pred, n_pairs, swap), _form(target, n_pairs, swap),
-            _form(ref, n_pairs, swap), ref_errors,
-            _form(mask, n_pairs, swap), wide, BLOCK,
-            PAIRS, PARTS,
+            n_groups, n_elements, n_programs,
+            sizes, *strides, 1.0 / n_groups if reduction == "mean" else 1.0,
+            *of_link, swap, reduction != "none", mean, members,
+            forms[0], forms[1], forms[2], ref_errors, *forms[3:],
+            drift, mixed, cross, wide, BLOCK, PAIRS, PARTS,
         ),
         launchers={},
         scattered=scattered,
         ticket=True,
-        loss=(n_pairs,) if reduction == "none" else (),
-        stats=(5 if ref[0] is None else 9, n_pairs),
-        partials=(n_sums * n_pairs * n_programs,),
+        loss=(n_groups,) if reduction == "none" else (),
+        stats=(members * shown + cross + 1 + members * directions, n_groups),
+        partials=((members * kinds + counts + cross) * n_groups * n_programs,),
     )  # fmt: skip
 
 
 @functools.lru_cache(4096)
-def _plan_backward(swap: bool, *laid: Laid | None) -> Plan:
-    pred, target, mask, grads = _operands(laid)
-    n_pairs, n_elements = _count(pred)
-    n_programs = _programs(n_pairs, n_elements)
+def _plan_backward(
+    group: Group | None, n_groups: int | None, rows: int, *laid: Laid | None
+) -> Plan:
+    *operands, grads = _operands(laid)
+    pred, _, ref, _, _, anchor = operands
+    members = group.members if group else 2
+    n_groups, n_elements = _count(pred, members, n_groups)
+    n_programs = _programs(n_groups, n_elements)
     given = (pred[0] if grads[0] is None else grads[0], pred[1] if grads[1] is None else grads[1])
-    sizes, strides, wide = _layout(n_elements, swap, pred, target, mask, given)
+    sizes, strides, wide = _layout(n_elements, *operands, given)
+    directions = 1 + (ref[0] is not None) + (anchor[0] is not None)
     return Plan(
-        grid=(n_pairs * n_programs, 1, 1),
+        grid=(n_groups * n_programs, 1, 1),
         arguments=(
-            n_pairs, n_elements, n_programs, sizes, *strides,
-            _form(pred, n_pairs, swap), _form(target, n_pairs, swap), _form(mask, n_pairs, swap),
-            wide, BLOCK, REVERSED,
+            n_groups, n_elements, n_programs, sizes, *strides, members,
+            *[_form(each, n_groups, members, group) for each in operands],
+            rows - members * directions, wide, BLOCK, REVERSED,
         ),
         launchers={},
         scattered=_scattered(sizes, strides),
     )  # fmt: skip
 
 
-def _operands(laid: Sequence[Laid | None]) -> Iterator[Operand]:
+def _operands(laid: Sequence[Laid | None]) -> list[Operand]:
     """Operands laid out so, on no device."""
     tensors = [None if t is None else torch.empty_strided(*t, device="meta") for t in laid]
-    return zip(tensors[::2], tensors[1::2], strict=True)
+    return [*zip(tensors[::2], tensors[1::2], strict=True)]
 
 
-def _count(pred: Operand) -> tuple[int, int]:
-    """Pairs, and elements per sample."""
+def _count(pred: Operand, members: int, n_groups: int | None) -> tuple[int, int]:
+    """Groups, and elements per sample."""
     assert pred[0] is not None
     n_samples = pred[0].shape[0]
-    return n_samples // 2 if pred[1] is None else n_samples, pred[0].numel() // n_samples
+    n_elements = pred[0].numel() // n_samples
+    if n_groups is None:
+        n_groups = n_samples // members if pred[1] is None else n_samples
+    return n_groups, n_elements
 
 
-def _pointers(operand: Operand, swap: bool) -> Operand:
-    """The tensors that hold winners and losers."""
+def _pointers(operand: Operand) -> tuple[Tensor, ...]:
     first, second = operand
-    if second is None:
-        return first, first
-    return (second, first) if swap else operand
+    if first is None:
+        return ()
+    return (first,) if second is None else (first, second)
 
 
-def _form(operand: Operand, n_pairs: int, swap: bool) -> str | None:
+def _form(operand: Operand, n_groups: int, members: int, link: Link | Group | None) -> str | None:
     """How the kernels find an operand's rows."""
     first, second = operand
     if first is None:
         return None
     if second is not None:
         return "halves"
-    if first.shape[0] == n_pairs:
+    if first.shape[0] == n_groups and members > 1:
         return "shared"
-    return "swapped" if swap else "stacked"
+    return "listed" if isinstance(link, Group) and link.listed else "stacked"
 
 
 def _stride(scalar: Tensor | None) -> int:
@@ -236,15 +289,14 @@ def _programs(n_pairs: int, n_elements: int) -> int:
     return -(-blocks // rounds)
 
 
-def _layout(
-    n_elements: int, swap: bool, *operands: Operand
-) -> tuple[tuple[int, ...], list[Strides], bool]:
+def _layout(n_elements: int, *operands: Operand) -> tuple[tuple[int, ...], list[Strides], bool]:
     """(sizes, strides of each operand, WIDE) as the kernels take them: inner dimensions in the
     order of the first operand's memory, neighbours merged wherever every tensor allows it."""
     wide = n_elements > INT32_ELEMENTS
-    tensors = [t for operand in operands for t in _pointers(operand, swap) if t is not None]
+    pointers = [_pointers(operand) for operand in operands]
+    tensors = [t for each in pointers for t in each]
     if all(t.is_contiguous() for t in tensors):
-        return (), [((), ())] * len(operands), wide
+        return (), [((),) * len(each) for each in pointers], wide
     inner = _merged(tensors)
     sizes: tuple[int, ...] = ()
     columns: list[tuple[int, ...]] = []
@@ -254,13 +306,13 @@ def _layout(
     rows = [(t.stride(0), *(each[i] for each in columns)) for i, t in enumerate(tensors)]
     last = [sum((n - 1) * s for n, s in zip(sizes, row[1:], strict=True)) for row in rows]
     found = iter(rows)
-    strides = [((), ()) if first is None else (next(found), next(found)) for first, _ in operands]
+    strides = [tuple(next(found) for _ in each) for each in pointers]
     return sizes, strides, wide or max(last) > INT32_ELEMENTS
 
 
 def _scattered(sizes: tuple[int, ...], strides: list[Strides]) -> bool:
     """A mask that is the same for neighbours (stride 0) does not count."""
-    inner = [each[-1] for both in strides for each in both if sizes and each]
+    inner = [each[-1] for tensors in strides for each in tensors if sizes and each]
     return not {*inner} <= {0, 1}
 
 
@@ -281,7 +333,7 @@ def _launch(
     kernel: Any,
     plan: Plan,
     device: torch.device,
-    pointers: tuple[Tensor | None, ...],
+    pointers: tuple[Any, ...],
     numbers: tuple[Any, ...],
     tensors: tuple[Tensor | None, ...],
     strides: tuple[int, ...] = (),
@@ -302,7 +354,7 @@ def _launch(
     arguments = (*pointers, *numbers, *plan.arguments)
     signature = None
     if device.type == "cuda" and not torch.version.hip:
-        signature = _signature(device, (*pointers, *tensors), strides)
+        signature = _signature(device, _flat((*pointers, tensors)), strides)
     if launcher := plan.launchers.get(signature):
         launcher(*arguments)
         return
@@ -312,14 +364,21 @@ def _launch(
         plan.launchers[signature] = compiled[plan.grid]
 
 
-def _threads(plan: Plan, pointers: Sequence[Tensor | None]) -> int:
-    """A thread has one 16-byte vector of a block of predictions or targets (the first four
-    pointers), whichever are wider; or the addresses of four elements."""
-    narrow = all(t is None or t.element_size() < 4 for t in pointers[:4])
+def _flat(pointers: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    found: list[Tensor | None] = []
+    for each in pointers:
+        found += each if type(each) is tuple else (each,)
+    return tuple(found)
+
+
+def _threads(plan: Plan, pointers: Sequence[Any]) -> int:
+    """A thread has one 16-byte vector of a block of predictions or targets (the first two
+    operands), whichever are wider; or the addresses of four elements."""
+    narrow = all(t.element_size() < 4 for each in pointers[:2] for t in each)
     return BLOCK // 8 if narrow and not plan.scattered else BLOCK // 4
 
 
-def _options(plan: Plan, pointers: Sequence[Tensor | None], target: GPUTarget) -> dict[str, int]:
+def _options(plan: Plan, pointers: Sequence[Any], target: GPUTarget) -> dict[str, int]:
     """How the jit is to compile a launch.
 
     On NVIDIA it says how many registers a thread may have. Left to itself, ptxas takes fewer than

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from .special import (
     in_torch,
@@ -87,6 +87,35 @@ class Shape(_Text):
     """(score_w, score_l, *hyper) -> (loss, slope_w, slope_l)."""
 
 
+@dataclass(frozen=True, eq=False)
+class First(_Text):
+    """(sums, scalars, active) -> a number for each group, of which a link is told the mean over the
+    batch, or the log-sum-exp."""
+
+
+@dataclass(frozen=True, eq=False)
+class Group(_Text):
+    """A link on all sums of the members of a group:
+
+        (sums, cross, scalars, batch, active) -> (loss, slopes, score)
+
+    sums: of each member (err, gap, ref, drift, plus, minus, anchor), as far as there are any: see
+        the kernels. cross: of both members of a pair. scalars: the hyper-parameters. batch: what is
+        made of `first`. active: whether the group has that member.
+    slopes: for each member, by err or gap, by drift, and by anchor; batch is a constant.
+    members: how many; they follow one another if `listed`, or else all first ones come first.
+    drift, mixed, cross: whether these sums are needed.
+    """
+
+    members: int = 1
+    listed: bool = True
+    drift: bool = False
+    mixed: bool = False
+    cross: bool = False
+    first: First | None = None
+    log_sum_exp: bool = False
+
+
 _by_key: dict[str, Link] = {}
 
 
@@ -122,6 +151,7 @@ class Link:
     knobs: Mapping[str, float] = field(default_factory=dict)
     name: str = "link"
     key: str = field(init=False)
+    members: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hyper", _Frozen(self.hyper))

@@ -1,13 +1,27 @@
-"""The jit kernels of every loss: forward (errors -> link -> loss) and backward (gradient). They
-know no loss by name.
+"""The two jit kernels of every loss: forward (sums of samples -> link -> loss) and backward
+(gradient). They know no loss by name.
 
-Both work on winner and loser of a pair together, so that what they share is read once. A row is one
-sample. `..._w` and `..._l` point to winners and losers, which may be one tensor; its FORM says
-which rows are whose. `..._strides` are (row stride, *inner strides) of winners and of losers, for
-the inner sizes `sizes`, which is empty where all rows are dense in one order; no strides at all are
-those of a contiguous tensor.
+A group is what a link looks at together: a pair (winner, loser), a list of k, a single sample. Its
+members' elements are read by one program, so that what they share is read once. An operand is a
+tuple of pointers, one for each member or one for all; its FORM says which rows are whose:
+"stacked" (all first members, then all second ones), "listed" (the members of a group one after the
+other), "halves" (a tensor for each member), "shared" (one row for all), None where it is absent.
+Its strides are (row stride, *inner strides) for each pointer, for the inner sizes `sizes`, which is
+empty where all rows are dense in one order; no strides at all are those of a contiguous tensor.
+
+Each member has these sums, in this order, as far as the link needs them; p is its prediction, t its
+target, r the reference's or an old policy's prediction, a the anchor's:
+
+    err     (p - t)^2, or a pseudo-Huber error
+    gap     the same less that of r, as (p - r) (p + r - 2 t)
+    ref     (r - t)^2
+    drift   (p - r)^2
+    plus    |r - t + c (p - r)|        minus   |r - t - c (p - r)|        c = `mix`, a number a row
+    anchor  (p - a)^2
+    count   elements that the mask does not hide
+and the group, with two members, cross = (p_w - t_w) (p_l - t_l).
 """
-# mypy: disable-error-code="no-untyped-def, assignment"
+# mypy: disable-error-code="no-untyped-def, assignment, misc"
 
 from __future__ import annotations
 
@@ -18,21 +32,34 @@ from .knobs import pair_losses_jit
 
 
 @triton.jit
-def _row_w(pair, n_pairs, FORM: tl.constexpr):
-    """The row of a pair's winner. FORM: "stacked" (winners first), "swapped" (losers first),
-    "halves" (a tensor each), "shared" (one row for both)."""
-    return pair + n_pairs if FORM == "swapped" else pair
+def _row(group, n_groups, MEMBER: tl.constexpr, MEMBERS: tl.constexpr, FORM: tl.constexpr):
+    if FORM == "stacked":
+        row = group + MEMBER * n_groups
+    elif FORM == "listed":
+        row = group * MEMBERS + MEMBER
+    else:
+        row = group
+    return row
 
 
 @triton.jit
-def _row_l(pair, n_pairs, FORM: tl.constexpr):
-    return pair + n_pairs if FORM == "stacked" else pair
+def _own(each, MEMBER: tl.constexpr):
+    """A member's of what may be one for all."""
+    return each[MEMBER if len(each) > 1 else 0]
 
 
 @triton.jit
-def _start(pointer, row, strides, n_elements):
-    """Pointer to the first element of a row."""
-    return pointer + row.to(tl.int64) * (n_elements if len(strides) == 0 else strides[0])
+def _starts(
+    pointers, strides, group, n_groups, n_elements, MEMBERS: tl.constexpr, FORM: tl.constexpr
+):
+    """Pointers to the first elements of the members' rows."""
+    rows = ()
+    if FORM is not None:
+        for m in tl.static_range(MEMBERS):
+            stride = n_elements if len(_own(strides, m)) == 0 else _own(strides, m)[0]
+            row = _row(group, n_groups, m, MEMBERS, FORM)
+            rows = rows + (_own(pointers, m) + row.to(tl.int64) * stride,)  # noqa: RUF005
+    return rows
 
 
 @triton.jit
@@ -62,13 +89,13 @@ def _store(row, start, lane, inside, sizes, strides, value):
 
 
 @triton.jit
-def _scalar(value, tensor, stride, pair, inside):
-    """A scalar of some pairs in fp32: what `tensor` holds on the device, for each pair where its
+def _scalar(value, tensor, stride, group, inside):
+    """A scalar of some groups in fp32: what `tensor` holds on the device, for each group where its
     stride is not 0, or else `value`."""
     if tensor is None:
         return tl.full([], value, tl.float32)
     else:
-        pointers = tensor + pair.to(tl.int64) * stride
+        pointers = tensor + group.to(tl.int64) * stride
         return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
 
 
@@ -110,26 +137,27 @@ def _together(values, VECTOR: tl.constexpr):
 
 @triton.jit
 def _sums(
-    partials, pair, n_pairs, n_programs,
-    FIRST: tl.constexpr, KINDS: tl.constexpr, PAIRS: tl.constexpr, PARTS: tl.constexpr,
+    partials, group, n_groups, n_programs,
+    FIRST: tl.constexpr, TOTAL: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The sums of some pairs of each kind from FIRST on, in an order that does not depend on who
-    came first. All kinds are read before any is added: a wait for the memory costs more than all
+    """The sums of some groups, four kinds at most from FIRST on, in an order that does not depend
+    on who came first. All kinds are read before any is added: a wait for the memory costs more than all
     else here. More than four at a time take more registers than are left."""
+    KINDS: tl.constexpr = TOTAL - FIRST if TOTAL - FIRST < 4 else 4
     totals = ()
     for _ in tl.static_range(KINDS):
-        totals = totals + (tl.zeros([PAIRS, PARTS], tl.float32),)  # noqa: RUF005
+        totals = totals + (tl.zeros([GROUPS, PARTS], tl.float32),)  # noqa: RUF005
     for first in range(0, n_programs, PARTS):
         part = first + tl.arange(0, PARTS)
-        inside = (pair < n_pairs)[:, None] & (part < n_programs)[None, :]
-        row = (FIRST * n_pairs + pair) * n_programs
+        inside = (group < n_groups)[:, None] & (part < n_programs)[None, :]
+        row = (FIRST * n_groups + group) * n_programs
         pointers = partials + (row[:, None] + part[None, :])
         more = ()
         for kind in tl.static_range(KINDS):
             # .cg: other programs wrote these during this launch; this processor's L1 may be stale
             read = tl.load(pointers, mask=inside, other=0.0, cache_modifier=".cg")
             more = more + (totals[kind] + read,)  # noqa: RUF005
-            pointers += n_pairs * n_programs
+            pointers += n_groups * n_programs
         totals = more
     sums = ()
     for kind in tl.static_range(KINDS):
@@ -147,182 +175,288 @@ def _mean(total, size, EXACT: tl.constexpr = False):
 
 
 @triton.jit
-def _finish(
-    loss, stats, partials, ref_w, ref_l, values, tensors, strides, n_pairs, n_elements, n_programs,
-    ref_strides, pair_scale,
-    SCORE: tl.constexpr, SHAPE: tl.constexpr, N_SCORE: tl.constexpr, N_HYPER: tl.constexpr,
-    SFT_WEIGHT: tl.constexpr, REDUCE: tl.constexpr, MEAN: tl.constexpr, REF: tl.constexpr,
-    REF_ERRORS: tl.constexpr, MASK: tl.constexpr, HUBER: tl.constexpr,
-    PAIRS: tl.constexpr, PARTS: tl.constexpr,
+def _group_sums(
+    partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
+    MEMBERS: tl.constexpr, KINDS: tl.constexpr, COUNTS: tl.constexpr, CROSS: tl.constexpr,
+    MEAN: tl.constexpr, REF: tl.constexpr, REF_ERRORS: tl.constexpr,
+    GROUPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Errors -> link -> loss for all pairs, by the one program that arrived last."""
-    COUNTS: tl.constexpr = 0 if MASK is None or not MEAN else (1 if MASK == "shared" else 2)
-    GAPS: tl.constexpr = 2 + COUNTS
-    total = tl.zeros([PAIRS], tl.float32)
-    for first in range(0, n_pairs, PAIRS):
-        pair = first + tl.arange(0, PAIRS)
-        inside = pair < n_pairs
-        sums = _sums(partials, pair, n_pairs, n_programs, 0, GAPS, PAIRS, PARTS)
-        size_w = tl.zeros([PAIRS], tl.float32) + n_elements
-        size_l = size_w
-        if not MEAN:
-            size_w = tl.full([PAIRS], 1.0, tl.float32)
-            size_l = size_w
-        elif MASK is not None:
-            size_w = sums[2]
-            size_l = sums[GAPS - 1]
-        err_w, err_l = _mean(sums[0], size_w, True), _mean(sums[1], size_l, True)
-        gap_w, gap_l = err_w, err_l
-        if REF is not None:
-            if REF_ERRORS:
-                row_w, row_l = _row_w(pair, n_pairs, REF), _row_l(pair, n_pairs, REF)
-                of_ref_w = _scalar(0.0, ref_w, ref_strides[0][0], row_w, inside)
-                of_ref_l = _scalar(0.0, ref_l, ref_strides[1][0], row_l, inside)
-                gap_w -= of_ref_w
-                gap_l -= of_ref_l
+    """(for each member its sums, as means unless error_reduction is "sum"; their sizes; cross)."""
+    TOTAL: tl.constexpr = MEMBERS * KINDS + COUNTS + CROSS
+    totals = ()
+    for first in tl.static_range(0, TOTAL, 4):
+        totals = totals + _sums(partials, group, n_groups, n_programs, first, TOTAL, GROUPS, PARTS)
+    sizes = ()
+    members = ()
+    for m in tl.static_range(MEMBERS):
+        size = tl.full([GROUPS], 1.0, tl.float32)
+        if MEAN and COUNTS > 0:
+            size = totals[MEMBERS * KINDS + (m if COUNTS > 1 else 0)]
+        elif MEAN:
+            size = tl.zeros([GROUPS], tl.float32) + n_elements
+        sizes = sizes + (size,)  # noqa: RUF005
+        err = _mean(totals[m * KINDS], size, True)
+        each = (err,)
+        if REF_ERRORS:
+            inside = group < n_groups
+            row = _row(group, n_groups, m, MEMBERS, REF)
+            of_ref = _scalar(0.0, _own(ref, m), _own(ref_strides, m)[0], row, inside)
+            each = (err, err - of_ref, of_ref)
+        for kind in tl.static_range(1, KINDS):
+            each = each + (_mean(totals[m * KINDS + kind], size),)  # noqa: RUF005
+        members = members + (each,)  # noqa: RUF005
+    cross = _mean(totals[TOTAL - 1], sizes[0]) if CROSS else sizes[0]
+    return members, sizes, cross
+
+
+@triton.jit
+def _finish(
+    loss, stats, partials, ref, lengths, values, tensors, strides, n_groups, n_elements, n_programs,
+    ref_strides, group_scale,
+    LINK: tl.constexpr, FIRST: tl.constexpr, LOG_SUM_EXP: tl.constexpr, SCORE: tl.constexpr,
+    SHAPE: tl.constexpr, N_SCORE: tl.constexpr, N_HYPER: tl.constexpr, SFT_WEIGHT: tl.constexpr,
+    SWAP: tl.constexpr, REDUCE: tl.constexpr, MEAN: tl.constexpr, MEMBERS: tl.constexpr,
+    KINDS: tl.constexpr, COUNTS: tl.constexpr, CROSS: tl.constexpr, DIRECTIONS: tl.constexpr,
+    REF: tl.constexpr, REF_ERRORS: tl.constexpr, HUBER: tl.constexpr,
+    GROUPS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Sums -> link -> loss for all groups, by the one program that arrived last. A link may look at
+    the whole batch first: at the mean of what FIRST makes of a group, or its log-sum-exp."""
+    batch = 0.0
+    if FIRST is not None:
+        high = tl.full([GROUPS], float("-inf"), tl.float32)
+        total = tl.zeros([GROUPS], tl.float32)
+        for first in range(0, n_groups, GROUPS):
+            group = first + tl.arange(0, GROUPS)
+            sums, _, _ = _group_sums(
+                partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
+                MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, GROUPS, PARTS,
+            )  # fmt: skip
+            scalars = _scalars(values, tensors, strides, group, n_groups, 0, len(values))
+            value = FIRST(sums, scalars, _active(lengths, group, n_groups, MEMBERS))
+            if LOG_SUM_EXP:
+                value = tl.where(group < n_groups, value, float("-inf"))
+                higher = tl.maximum(high, value)
+                kept = tl.where(high == higher, 1.0, tl.exp(high - higher))
+                total = total * kept + tl.where(value == higher, 1.0, tl.exp(value - higher))
+                total = tl.where(higher == float("-inf"), 0.0, total)
+                high = higher
             else:
-                sums = _sums(partials, pair, n_pairs, n_programs, GAPS, 4, PAIRS, PARTS)
-                gap_w, gap_l = _mean(sums[0], size_w), _mean(sums[1], size_l)
-                of_ref_w, of_ref_l = _mean(sums[2], size_w), _mean(sums[3], size_l)
-            tl.store(stats + (5 * n_pairs + pair), of_ref_w, mask=inside)
-            tl.store(stats + (6 * n_pairs + pair), of_ref_l, mask=inside)
-            tl.store(stats + (7 * n_pairs + pair), gap_w, mask=inside)
-            tl.store(stats + (8 * n_pairs + pair), gap_l, mask=inside)
-        of_score, of_shape, knobs = (), (), ()
-        for i in tl.static_range(len(values)):
-            scalar = _scalar(values[i], tensors[i], strides[i], pair, inside)
-            if i < N_SCORE:
-                of_score = of_score + (scalar,)  # noqa: RUF005 (the jit knows no unpacking)
-            elif i < N_HYPER:
-                of_shape = of_shape + (scalar,)  # noqa: RUF005
-            else:
-                knobs = knobs + (scalar,)  # noqa: RUF005
-        value, slope_w, slope_l, margin = pair_losses_jit(
-            err_w, err_l, gap_w, gap_l, of_score, of_shape, knobs, SCORE, SHAPE, SFT_WEIGHT
-        )
+                total += tl.where(group < n_groups, value, 0.0)
+        if LOG_SUM_EXP:
+            highest = tl.max(high, axis=0)
+            batch = highest + tl.log(tl.sum(total * tl.exp(high - highest), axis=0))
+        else:
+            batch = tl.sum(total, axis=0) / n_groups
+    total = tl.zeros([GROUPS], tl.float32)
+    for first in range(0, n_groups, GROUPS):
+        group = first + tl.arange(0, GROUPS)
+        inside = group < n_groups
+        sums, sizes, cross = _group_sums(
+            partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
+            MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, GROUPS, PARTS,
+        )  # fmt: skip
+        rows = stats + group
+        for kind in tl.static_range(len(sums[0])):
+            for m in tl.static_range(MEMBERS):
+                tl.store(rows, sums[m][kind], mask=inside)
+                rows += n_groups
+        if CROSS:
+            tl.store(rows, cross, mask=inside)
+            rows += n_groups
+        if LINK is None:
+            err_w, err_l = sums[0][0], sums[1][0]
+            gap_w, gap_l = err_w, err_l
+            if REF is not None:
+                gap_w, gap_l = sums[0][1], sums[1][1]
+            if SWAP:
+                err_w, err_l, gap_w, gap_l = err_l, err_w, gap_l, gap_w
+            value, slope_w, slope_l, score = pair_losses_jit(
+                err_w, err_l, gap_w, gap_l,
+                _scalars(values, tensors, strides, group, n_groups, 0, N_SCORE),
+                _scalars(values, tensors, strides, group, n_groups, N_SCORE, N_HYPER),
+                _scalars(values, tensors, strides, group, n_groups, N_HYPER, len(values)),
+                SCORE, SHAPE, SFT_WEIGHT,
+            )  # fmt: skip
+            slopes = ((slope_l,), (slope_w,)) if SWAP else ((slope_w,), (slope_l,))
+        else:
+            scalars = _scalars(values, tensors, strides, group, n_groups, 0, len(values))
+            active = _active(lengths, group, n_groups, MEMBERS)
+            value, slopes, score = LINK(sums, cross, scalars, batch, active)
+        tl.store(rows, score, mask=inside)
         # of d err / d pred = 2 / size * (pred - target), all but the difference
-        scale = pair_scale if HUBER else 2.0 * pair_scale
-        slope_w, slope_l = _mean(slope_w * scale, size_w), _mean(slope_l * scale, size_l)
-        tl.store(stats + pair, err_w, mask=inside)
-        tl.store(stats + (n_pairs + pair), err_l, mask=inside)
-        tl.store(stats + (2 * n_pairs + pair), margin, mask=inside)
-        tl.store(stats + (3 * n_pairs + pair), slope_w, mask=inside)
-        tl.store(stats + (4 * n_pairs + pair), slope_l, mask=inside)
+        scale = group_scale if HUBER else 2.0 * group_scale
+        for d in tl.static_range(DIRECTIONS):
+            for m in tl.static_range(MEMBERS):
+                rows += n_groups
+                tl.store(rows, _mean(slopes[m][d] * scale, sizes[m]), mask=inside)
         if REDUCE:
             total += tl.where(inside, value, 0.0)
         else:
-            tl.store(loss + pair, value, mask=inside)
+            tl.store(loss + group, value, mask=inside)
     if REDUCE:
-        tl.store(loss, tl.sum(total, axis=0) * pair_scale)
+        tl.store(loss, tl.sum(total, axis=0) * group_scale)
+
+
+@triton.jit
+def _scalars(
+    values, tensors, strides, group, n_groups, FIRST: tl.constexpr, LAST: tl.constexpr
+):  # fmt: skip
+    found = ()
+    for i in tl.static_range(FIRST, LAST):
+        scalar = _scalar(values[i], tensors[i], strides[i], group, group < n_groups)
+        found = found + (scalar,)  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _active(lengths, group, n_groups, MEMBERS: tl.constexpr):
+    """Whether a group has each of its members."""
+    found = ()
+    for m in tl.static_range(MEMBERS):
+        if lengths is None:
+            active = group < n_groups
+        else:
+            active = tl.load(lengths + group, mask=group < n_groups, other=0) > m
+        found = found + (active,)  # noqa: RUF005
+    return found
 
 
 # The jit would compile once more for each of these that happens to be 1 or a multiple of 16. For
 # n_elements and strides it may: knowing that is what makes loads and stores 16 bytes wide.
-_COUNTS = ["n_pairs", "n_programs"]
+_COUNTS = ["n_groups", "n_programs"]
+
+
+@triton.jit
+def _affine_target(goal, base, affine, group, n_groups, M: tl.constexpr, MEMBERS: tl.constexpr):
+    """The target whose prediction takes a sampler from x to x' = a x + b pred: (x' - a x) / b."""
+    row = group * MEMBERS + M
+    a = _scalar(affine[0][0], affine[1][0], affine[2][0], row, True)
+    inverse = _scalar(affine[0][1], affine[1][1], affine[2][1], row, True)
+    return (goal - a * base) * inverse
 
 
 @triton.jit(do_not_specialize=_COUNTS)
 def pair_fwd(
-    pred_w, pred_l, target_w, target_l, ref_w, ref_l, mask_w, mask_l,
-    loss, stats, partials, ticket, values, tensors, strides, huber,
-    n_pairs, n_elements, n_programs,
-    sizes, pred_strides, target_strides, ref_strides, mask_strides, pair_scale,
+    pred, target, ref, mask, base, anchor,
+    loss, stats, partials, ticket, lengths, values, tensors, strides, huber, affine, mix,
+    n_groups, n_elements, n_programs,
+    sizes, pred_strides, target_strides, ref_strides, mask_strides, base_strides, anchor_strides,
+    group_scale,
+    LINK: tl.constexpr, FIRST: tl.constexpr, LOG_SUM_EXP: tl.constexpr,
     SCORE: tl.constexpr, SHAPE: tl.constexpr, N_SCORE: tl.constexpr, N_HYPER: tl.constexpr,
-    SFT_WEIGHT: tl.constexpr, REDUCE: tl.constexpr, MEAN: tl.constexpr,
-    PRED: tl.constexpr, TARGET: tl.constexpr, REF: tl.constexpr, REF_ERRORS: tl.constexpr,
-    MASK: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
-    PAIRS: tl.constexpr, PARTS: tl.constexpr,
+    SFT_WEIGHT: tl.constexpr, SWAP: tl.constexpr, REDUCE: tl.constexpr, MEAN: tl.constexpr,
+    MEMBERS: tl.constexpr, PRED: tl.constexpr, TARGET: tl.constexpr, REF: tl.constexpr,
+    REF_ERRORS: tl.constexpr, MASK: tl.constexpr, BASE: tl.constexpr, ANCHOR: tl.constexpr,
+    DRIFT: tl.constexpr, MIXED: tl.constexpr, CROSS: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """loss, stats = link(mean((pred - target)^2)) in one launch that reads every element once.
+    """loss, stats = link(sums of the members) in one launch that reads every element once.
 
-    Program (pair, part) adds up every n_programs-th block of its pair into partials
-    (kind, n_pairs, n_programs) and takes a ticket. Whoever draws the last ticket sees all partials,
+    Program (group, part) adds up every n_programs-th block of its group into partials
+    (sum, n_groups, n_programs) and takes a ticket. Whoever draws the last ticket sees all partials,
     finishes, and leaves `ticket` at 0 for the next launch.
-    stats (5 or 9, n_pairs): err_w, err_l, margin, the factors of the gradient (w, l), and with a
-    reference its errors (w, l) and the gaps (w, l).
-    loss: () or, unless REDUCE, (n_pairs,). pair_scale: 1 / n_pairs for a mean over pairs, else 1.
+    stats (rows, n_groups): each sum of each member, kind by kind, without count; cross; the score;
+    and the factors of the gradient, for each direction (p - t, p - r, p - a) those of each member.
+    loss: () or, unless REDUCE, (n_groups,). group_scale: 1 / n_groups for a mean, else 1.
     values, tensors, strides: of the scalars, hyper-parameters and then knobs.
     """
     HUBER: tl.constexpr = len(huber) > 0
     # what a thread loads at once of the widest operand: `launch._threads` has as many as that takes
-    PRED_BITS: tl.constexpr = pred_w.dtype.element_ty.primitive_bitwidth
-    TARGET_BITS: tl.constexpr = target_w.dtype.element_ty.primitive_bitwidth
+    PRED_BITS: tl.constexpr = pred[0].dtype.element_ty.primitive_bitwidth
+    TARGET_BITS: tl.constexpr = target[0].dtype.element_ty.primitive_bitwidth
     NARROW: tl.constexpr = PRED_BITS < 32 and TARGET_BITS < 32
     VECTOR: tl.constexpr = 8 if NARROW else 4
     PAIRED: tl.constexpr = REF is not None and not REF_ERRORS  # a reference of as many elements
-    pair = tl.program_id(0) // n_programs
+    KINDS: tl.constexpr = 1 + 2 * PAIRED + DRIFT + 2 * MIXED + (ANCHOR is not None)
+    COUNTS: tl.constexpr = (
+        0 if MASK is None or not MEAN else (1 if MASK == "shared" else MEMBERS)
+    )  # fmt: skip
+    group = tl.program_id(0) // n_programs
     part = tl.program_id(0) % n_programs
-    row_pred_w = _start(pred_w, _row_w(pair, n_pairs, PRED), pred_strides[0], n_elements)
-    row_pred_l = _start(pred_l, _row_l(pair, n_pairs, PRED), pred_strides[1], n_elements)
-    row_target_w = _start(target_w, _row_w(pair, n_pairs, TARGET), target_strides[0], n_elements)
-    row_target_l = _start(target_l, _row_l(pair, n_pairs, TARGET), target_strides[1], n_elements)
+    preds = _starts(pred, pred_strides, group, n_groups, n_elements, MEMBERS, PRED)
+    targets = _starts(target, target_strides, group, n_groups, n_elements, MEMBERS, TARGET)
     if PAIRED:
-        row_ref_w = _start(ref_w, _row_w(pair, n_pairs, REF), ref_strides[0], n_elements)
-        row_ref_l = _start(ref_l, _row_l(pair, n_pairs, REF), ref_strides[1], n_elements)
-    if MASK is not None:
-        row_mask_w = _start(mask_w, _row_w(pair, n_pairs, MASK), mask_strides[0], n_elements)
-        row_mask_l = _start(mask_l, _row_l(pair, n_pairs, MASK), mask_strides[1], n_elements)
+        refs = _starts(ref, ref_strides, group, n_groups, n_elements, MEMBERS, REF)
+    masks = _starts(mask, mask_strides, group, n_groups, n_elements, MEMBERS, MASK)
+    bases = _starts(base, base_strides, group, n_groups, n_elements, MEMBERS, BASE)
+    anchors = _starts(anchor, anchor_strides, group, n_groups, n_elements, MEMBERS, ANCHOR)
     c = _huber(huber) if HUBER else 0.0
     lane = tl.arange(0, BLOCK)
-    sum_w = tl.zeros([BLOCK // VECTOR], tl.float32)
-    sum_l = tl.zeros([BLOCK // VECTOR], tl.float32)
-    gap_w = tl.zeros([BLOCK // VECTOR], tl.float32)
-    gap_l = tl.zeros([BLOCK // VECTOR], tl.float32)
-    ref_sum_w = tl.zeros([BLOCK // VECTOR], tl.float32)
-    ref_sum_l = tl.zeros([BLOCK // VECTOR], tl.float32)
-    count_w = tl.zeros([BLOCK // VECTOR], tl.float32)
-    count_l = tl.zeros([BLOCK // VECTOR], tl.float32)
+    acc = ()
+    for _ in tl.static_range(MEMBERS * KINDS + COUNTS + CROSS):
+        acc = acc + (tl.zeros([BLOCK // VECTOR], tl.float32),)  # noqa: RUF005
     for block in range(part, (n_elements - 1) // BLOCK + 1, n_programs):  # n + BLOCK may overflow
         start = tl.full([], block, tl.int64 if WIDE else tl.int32) * BLOCK
         inside = start + lane < n_elements
-        goal = _load(row_target_w, start, lane, inside, sizes, target_strides[0])
+        added = ()
+        counts = ()
         weight = None
-        if MASK is not None:
-            weight = _load(row_mask_w, start, lane, inside, sizes, mask_strides[0])
-            count_w += _together(weight, VECTOR)
-        pred = _load(row_pred_w, start, lane, inside, sizes, pred_strides[0])
-        diff = pred - goal
-        sum_w += _together(_squares(diff, weight, c, HUBER), VECTOR)
-        if PAIRED:
-            ref = _load(row_ref_w, start, lane, inside, sizes, ref_strides[0])
-            gap_w += _together(_gaps(pred, ref, diff, goal, weight, c, HUBER), VECTOR)
-            ref_sum_w += _together(_squares(ref - goal, weight, c, HUBER), VECTOR)
-        if TARGET != "shared":
-            goal = _load(row_target_l, start, lane, inside, sizes, target_strides[1])
-        if MASK is not None and MASK != "shared":
-            weight = _load(row_mask_l, start, lane, inside, sizes, mask_strides[1])
-            count_l += _together(weight, VECTOR)
-        pred = _load(row_pred_l, start, lane, inside, sizes, pred_strides[1])
-        diff = pred - goal
-        sum_l += _together(_squares(diff, weight, c, HUBER), VECTOR)
-        if PAIRED:
-            ref = _load(row_ref_l, start, lane, inside, sizes, ref_strides[1])
-            gap_l += _together(_gaps(pred, ref, diff, goal, weight, c, HUBER), VECTOR)
-            ref_sum_l += _together(_squares(ref - goal, weight, c, HUBER), VECTOR)
-    parts = n_pairs * n_programs
+        for m in tl.static_range(MEMBERS):
+            if m == 0 or TARGET != "shared" or BASE is not None:
+                goal = _load(targets[m], start, lane, inside, sizes, _own(target_strides, m))
+                if BASE is not None:
+                    x = _load(bases[m], start, lane, inside, sizes, _own(base_strides, m))
+                    goal = _affine_target(goal, x, affine, group, n_groups, m, MEMBERS)
+                    goal = tl.where(inside, goal, 0.0)
+            if MASK is not None and (m == 0 or MASK != "shared"):
+                weight = _load(masks[m], start, lane, inside, sizes, _own(mask_strides, m))
+                if COUNTS > 0:
+                    counts = counts + (_together(weight, VECTOR),)  # noqa: RUF005
+            if m == 0 or PRED != "shared":
+                pred_m = _load(preds[m], start, lane, inside, sizes, _own(pred_strides, m))
+            diff = pred_m - goal
+            value = _squares(diff, weight, c, HUBER)
+            added = added + (_together(value, VECTOR),)  # noqa: RUF005
+            if PAIRED:
+                if m == 0 or REF != "shared":
+                    ref_m = _load(refs[m], start, lane, inside, sizes, _own(ref_strides, m))
+                off = ref_m - goal
+                value = _gaps(pred_m, ref_m, diff, goal, weight, c, HUBER)
+                added = added + (_together(value, VECTOR),)  # noqa: RUF005
+                value = _squares(off, weight, c, HUBER)
+                added = added + (_together(value, VECTOR),)  # noqa: RUF005
+                moved = pred_m - ref_m
+                if DRIFT:
+                    value = _squares(moved, weight, 0.0, False)
+                    added = added + (_together(value, VECTOR),)  # noqa: RUF005
+                if MIXED:
+                    value = _weighted(tl.abs(off + mix * moved), weight)
+                    added = added + (_together(value, VECTOR),)  # noqa: RUF005
+                    value = _weighted(tl.abs(off - mix * moved), weight)
+                    added = added + (_together(value, VECTOR),)  # noqa: RUF005
+            if ANCHOR is not None:
+                a = _load(anchors[m], start, lane, inside, sizes, _own(anchor_strides, m))
+                value = _squares(pred_m - a, weight, 0.0, False)
+                added = added + (_together(value, VECTOR),)  # noqa: RUF005
+            if CROSS and m == 0:
+                first = diff
+        added = added + counts
+        if CROSS:
+            added = added + (_together(_weighted(first * diff, weight), VECTOR),)  # noqa: RUF005
+        sums = ()
+        for i in tl.static_range(len(added)):
+            sums = sums + (acc[i] + added[i],)  # noqa: RUF005
+        acc = sums
+    parts = n_groups * n_programs
     mine = partials + tl.program_id(0)
-    tl.store(mine, tl.sum(sum_w, axis=0))
-    tl.store(mine + parts, tl.sum(sum_l, axis=0))
-    mine += 2 * parts
-    if MASK is not None and MEAN:
-        tl.store(mine, tl.sum(count_w, axis=0))
+    for i in tl.static_range(MEMBERS * KINDS + COUNTS + CROSS):
+        tl.store(mine, tl.sum(acc[i], axis=0))
         mine += parts
-        if MASK != "shared":
-            tl.store(mine, tl.sum(count_l, axis=0))
-            mine += parts
-    if PAIRED:
-        tl.store(mine, tl.sum(gap_w, axis=0))
-        tl.store(mine + parts, tl.sum(gap_l, axis=0))
-        tl.store(mine + 2 * parts, tl.sum(ref_sum_w, axis=0))
-        tl.store(mine + 3 * parts, tl.sum(ref_sum_l, axis=0))
     if tl.atomic_add(ticket, 1, sem="acq_rel") == parts - 1:
         _finish(
-            loss, stats, partials, ref_w, ref_l, values, tensors, strides,
-            n_pairs, n_elements, n_programs, ref_strides, pair_scale,
-            SCORE, SHAPE, N_SCORE, N_HYPER, SFT_WEIGHT, REDUCE, MEAN, REF, REF_ERRORS, MASK, HUBER,
-            PAIRS, PARTS,
+            loss, stats, partials, ref, lengths, values, tensors, strides,
+            n_groups, n_elements, n_programs, ref_strides, group_scale,
+            LINK, FIRST, LOG_SUM_EXP, SCORE, SHAPE, N_SCORE, N_HYPER, SFT_WEIGHT, SWAP, REDUCE,
+            MEAN, MEMBERS, KINDS, COUNTS, CROSS, 1 + DRIFT + (ANCHOR is not None), REF, REF_ERRORS,
+            HUBER, GROUPS, PARTS,
         )  # fmt: skip
         tl.store(ticket, 0)
+
+
+@triton.jit
+def _weighted(value, weight):
+    return value if weight is None else tl.where(weight == 0.0, 0.0, weight * value)
 
 
 @triton.jit
@@ -336,24 +470,33 @@ def _slope(diff, scale, weight, c, HUBER: tl.constexpr):
 
 @triton.jit(do_not_specialize=[*_COUNTS, "grad_stride"])
 def pair_bwd(
-    pred_w, pred_l, target_w, target_l, mask_w, mask_l, grad_w, grad_l, grad_loss, stats,
-    huber, grad_stride, n_pairs, n_elements, n_programs,
-    sizes, pred_strides, target_strides, mask_strides, grad_strides,
-    PRED: tl.constexpr, TARGET: tl.constexpr, MASK: tl.constexpr,
+    pred, target, ref, mask, base, anchor, grad, grad_loss, stats,
+    huber, affine, grad_stride, n_groups, n_elements, n_programs,
+    sizes, pred_strides, target_strides, ref_strides, mask_strides, base_strides, anchor_strides,
+    grad_strides,
+    MEMBERS: tl.constexpr, PRED: tl.constexpr, TARGET: tl.constexpr, REF: tl.constexpr,
+    MASK: tl.constexpr, BASE: tl.constexpr, ANCHOR: tl.constexpr, FACTORS: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr, REVERSED: tl.constexpr,
 ):  # fmt: skip
-    """grad = grad_loss * factor * (pred - target) in one launch.
+    """grad = grad_loss * sum over directions of factor * direction, in one launch.
 
-    A half whose grad is None is neither read nor written. grad_stride: 1 for one grad_loss a pair.
+    A member whose grad is None is neither read nor written. ref and anchor are there if they are
+    directions. grad_stride: 1 for one grad_loss a group. FACTORS: the row of stats where the
+    factors begin.
     REVERSED: from the last block to the first; the last are what forward left in the L2 cache.
     """
     HUBER: tl.constexpr = len(huber) > 0
-    pair = tl.program_id(0) // n_programs
+    group = tl.program_id(0) // n_programs
     part = tl.program_id(0) % n_programs
-    row_target_w = _start(target_w, _row_w(pair, n_pairs, TARGET), target_strides[0], n_elements)
-    row_target_l = _start(target_l, _row_l(pair, n_pairs, TARGET), target_strides[1], n_elements)
-    factor_w = tl.load(stats + 3 * n_pairs + pair)
-    factor_l = tl.load(stats + 4 * n_pairs + pair)
+    preds = _starts(pred, pred_strides, group, n_groups, n_elements, MEMBERS, PRED)
+    targets = _starts(target, target_strides, group, n_groups, n_elements, MEMBERS, TARGET)
+    refs = _starts(ref, ref_strides, group, n_groups, n_elements, MEMBERS, REF)
+    masks = _starts(mask, mask_strides, group, n_groups, n_elements, MEMBERS, MASK)
+    bases = _starts(base, base_strides, group, n_groups, n_elements, MEMBERS, BASE)
+    anchors = _starts(anchor, anchor_strides, group, n_groups, n_elements, MEMBERS, ANCHOR)
+    scales = ()
+    for i in tl.static_range(MEMBERS * (1 + (REF is not None) + (ANCHOR is not None))):
+        scales = scales + (tl.load(stats + (FACTORS + i) * n_groups + group),)  # noqa: RUF005
     c = _huber(huber) if HUBER else 0.0
     lane = tl.arange(0, BLOCK)
     last = (n_elements - 1) // BLOCK  # n + BLOCK may overflow
@@ -363,31 +506,50 @@ def pair_bwd(
         inside = start + lane < n_elements
         # All loads before the first store, so that the memory answers them together. That of
         # grad_loss is among them because the factors, else, would be waited for before the loop.
-        goal_w = _load(row_target_w, start, lane, inside, sizes, target_strides[0])
-        goal_l = goal_w
-        weight_w = None
-        weight_l = None
-        if MASK is not None:
-            row = _start(mask_w, _row_w(pair, n_pairs, MASK), mask_strides[0], n_elements)
-            weight_w = _load(row, start, lane, inside, sizes, mask_strides[0])
-            weight_l = weight_w
-        if grad_w is not None:
-            row = _start(pred_w, _row_w(pair, n_pairs, PRED), pred_strides[0], n_elements)
-            of_w = _load(row, start, lane, inside, sizes, pred_strides[0])
-        if grad_l is not None:
-            if TARGET != "shared":
-                goal_l = _load(row_target_l, start, lane, inside, sizes, target_strides[1])
-            if MASK is not None and MASK != "shared":
-                row = _start(mask_l, _row_l(pair, n_pairs, MASK), mask_strides[1], n_elements)
-                weight_l = _load(row, start, lane, inside, sizes, mask_strides[1])
-            row = _start(pred_l, _row_l(pair, n_pairs, PRED), pred_strides[1], n_elements)
-            of_l = _load(row, start, lane, inside, sizes, pred_strides[1])
-        scale = tl.load(grad_loss + pair * grad_stride).to(tl.float32)
-        if grad_w is not None:
-            row = _start(grad_w, _row_w(pair, n_pairs, PRED), grad_strides[0], n_elements)
-            value = _slope(of_w - goal_w, scale * factor_w, weight_w, c, HUBER)
-            _store(row, start, lane, inside, sizes, grad_strides[0], value)
-        if grad_l is not None:
-            row = _start(grad_l, _row_l(pair, n_pairs, PRED), grad_strides[1], n_elements)
-            value = _slope(of_l - goal_l, scale * factor_l, weight_l, c, HUBER)
-            _store(row, start, lane, inside, sizes, grad_strides[1], value)
+        AGAIN: tl.constexpr = TARGET != "shared" or BASE is not None
+        ways = ()  # pred - target of each member
+        weights = ()
+        pulls = ()
+        goal = None
+        weight = None
+        for m in tl.static_range(MEMBERS):
+            if m == 0 or (AGAIN and _own(grad, m) is not None):
+                goal = _load(targets[m], start, lane, inside, sizes, _own(target_strides, m))
+                if BASE is not None:
+                    x = _load(bases[m], start, lane, inside, sizes, _own(base_strides, m))
+                    goal = _affine_target(goal, x, affine, group, n_groups, m, MEMBERS)
+            if MASK is not None and (m == 0 or MASK != "shared"):
+                weight = _load(masks[m], start, lane, inside, sizes, _own(mask_strides, m))
+            if MASK is not None:
+                weights = weights + (weight,)  # noqa: RUF005
+            way = scales[m]  # whatever, where no gradient is needed
+            of_others = ()
+            if _own(grad, m) is not None:
+                if m == 0 or PRED != "shared":
+                    pred_m = _load(preds[m], start, lane, inside, sizes, _own(pred_strides, m))
+                way = pred_m - goal
+                if REF is not None:
+                    r = _load(refs[m], start, lane, inside, sizes, _own(ref_strides, m))
+                    of_others = of_others + (pred_m - r,)  # noqa: RUF005
+                if ANCHOR is not None:
+                    a = _load(anchors[m], start, lane, inside, sizes, _own(anchor_strides, m))
+                    of_others = of_others + (pred_m - a,)  # noqa: RUF005
+            ways = ways + (way,)  # noqa: RUF005
+            pulls = pulls + (of_others,)  # noqa: RUF005
+        scale = tl.load(grad_loss + group * grad_stride).to(tl.float32)
+        total = None
+        for m in tl.static_range(MEMBERS):
+            if _own(grad, m) is not None:
+                weight = weights[m] if MASK is not None else None
+                value = _slope(ways[m], scale * scales[m], weight, c, HUBER)
+                for d in tl.static_range(len(pulls[m])):
+                    factor = scale * scales[(1 + d) * MEMBERS + m]
+                    value += _slope(pulls[m][d], factor, weight, c, False)
+                if PRED == "shared":
+                    total = value if total is None else total + value
+                    value = total
+                if PRED != "shared" or m == MEMBERS - 1:
+                    strides = _own(grad_strides, m)
+                    stride = n_elements if len(strides) == 0 else strides[0]
+                    row = _row(group, n_groups, m, MEMBERS, PRED).to(tl.int64) * stride
+                    _store(_own(grad, m) + row, start, lane, inside, sizes, strides, value)
