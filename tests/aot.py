@@ -1,6 +1,7 @@
 """Compiles the kernels ahead of time, exactly as a launch would, for GPUs that need not be there.
 
-As a script it prints a JSON row for each kernel: `python tests/aot.py [TARGET ...]`. A kernel that
+As a script it prints a JSON row for each kernel: `python tests/aot.py [--groups] [TARGET ...]`, of
+the losses of pairs, or of the links of tests/test_engine.py. A kernel that
 does not compile has an "error" in its row. In the process that compiles, TRITON_INTERPRET must not
 be set.
 """
@@ -171,6 +172,20 @@ def rows(targets: list[str]) -> Iterator[dict[str, Any]]:
                 yield case._asdict() | {"of_target": case.target} | compiled(recorder, name)
 
 
+def group_rows(targets: list[str]) -> Iterator[dict[str, Any]]:
+    """The links of tests/test_engine.py."""
+    import test_engine  # which needs pytest
+
+    test_engine.SHAPE = (4, 1024)  # as wide as loads can be
+    for make in test_engine.CASES:
+        case = make()
+        given = test_engine.Tensors(*[each.float() for each in case.tensors])
+        with recorded() as both, unplanned():
+            test_engine.launched(case, given, torch.ones(()))
+        for recorder, name in itertools.product(both, targets):
+            yield {"link": make.__name__} | compiled(recorder, name)
+
+
 def buckets() -> Iterator[tuple[int, int, int]]:
     """Pairs, height and width of latents: ten of SDXL's buckets in five batch sizes."""
     for pairs in (1, 2, 3, 16, 17):
@@ -269,5 +284,6 @@ def signatures() -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    for row in rows(sys.argv[1:] or list(TARGETS)):
+    made = group_rows if "--groups" in sys.argv else rows
+    for row in made([name for name in sys.argv[1:] if name in TARGETS] or list(TARGETS)):
         print(json.dumps(row), flush=True)

@@ -23,9 +23,18 @@ def rows(pytestconfig: pytest.Config) -> list[dict[str, Any]]:
     made: Path | None = pytestconfig.getoption("aot_rows")
     if made:
         return [json.loads(line) for line in made.read_text().splitlines()]
+    return compiled()
+
+
+@pytest.fixture(scope="module")
+def group_rows() -> list[dict[str, Any]]:
+    return compiled("--groups")
+
+
+def compiled(*words: str) -> list[dict[str, Any]]:
     script = Path(__file__).with_name("aot.py")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", str(script)]
+    command = [sys.executable, "-W", "ignore", str(script), *words]
     result = subprocess.run(command, capture_output=True, text=True, env=env)
     assert result.returncode == 0, result.stderr[-4000:]
     return [json.loads(line) for line in result.stdout.splitlines()]
@@ -150,3 +159,18 @@ def test_other_layouts_load_each_element_once(rows: list[dict[str, Any]]) -> Non
         n_fp32 = 4 if LINKS[row["link"]].score.needs_ref else 2
         assert row["loads"]["2"] == per_thread, case(row)  # bf16 target, shared
         assert row["loads"]["4"] == n_fp32 * per_thread + partial_sums(row), case(row)
+
+
+def test_other_groups_and_sums_cost_no_more(group_rows: list[dict[str, Any]]) -> None:
+    """Each of tests/test_engine.py: no spills, one vector of each operand at a time, no barrier,
+    and a wait for each kind of sums at most."""
+    for row in group_rows:
+        assert "error" not in row, case(row)
+        assert row["spilled"] == 0, case(row)
+        assert row["registers"] <= 128, case(row)
+        assert not {"1", "2"} & row["loads"].keys(), case(row)
+        assert row["loads"]["16"] >= 2, case(row)
+        assert row["loops"][0]["barriers"] == 0, case(row)
+        if row["target"] != "gfx942":
+            assert len(row["loops"][0]["groups"]) <= 2, case(row)
+    assert {row["target"] for row in group_rows} == set(TARGETS)

@@ -57,6 +57,7 @@ class Plan(NamedTuple):
     arguments: tuple[Any, ...]  # the kernel's last ones, in its order
     launchers: dict[Any, Callable[..., None]]  # of the compiled kernels, by `_signature`
     scattered: bool  # whether a tensor's neighbours in a block are not neighbours in memory
+    members: int = 2  # of a group
     ticket: bool = False  # whether the kernel takes one
     loss: tuple[int, ...] = ()  # sizes of what is allocated
     stats: tuple[int, ...] = ()
@@ -194,6 +195,7 @@ def _plan_forward(
         ),
         launchers={},
         scattered=scattered,
+        members=members,
         ticket=True,
         loss=(n_groups,) if reduction == "none" else (),
         stats=(members * shown + cross + 1 + members * directions, n_groups),
@@ -216,12 +218,12 @@ def _plan_backward(
     return Plan(
         grid=(n_groups * n_programs, 1, 1),
         arguments=(
-            n_groups, n_elements, n_programs, sizes, *strides, members,
-            *[_form(each, n_groups, members, group) for each in operands],
-            rows - members * directions, wide, BLOCK, REVERSED,
+            rows - members * directions, n_groups, n_elements, n_programs, sizes, *strides, members,
+            *[_form(each, n_groups, members, group) for each in operands], wide, BLOCK, REVERSED,
         ),
         launchers={},
         scattered=_scattered(sizes, strides),
+        members=members,
     )  # fmt: skip
 
 
@@ -388,7 +390,8 @@ def _options(plan: Plan, pointers: Sequence[Any], target: GPUTarget) -> dict[str
     options = {"num_warps": _threads(plan, pointers) // target.warp_size}
     if target.backend == "cuda":  # the only one that has the option
         usual = 64 if target.arch < 100 else 80
-        options["maxnreg"] = 128 if plan.scattered else usual
+        more = plan.scattered or plan.members > 2  # every member has sums of its own
+        options["maxnreg"] = 255 if plan.members > 8 else 128 if more else usual
     return options
 
 

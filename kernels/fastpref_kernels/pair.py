@@ -21,7 +21,7 @@ target, r the reference's or an old policy's prediction, a the anchor's:
     count   elements that the mask does not hide
 and the group, with two members, cross = (p_w - t_w) (p_l - t_l).
 """
-# mypy: disable-error-code="no-untyped-def, assignment, misc"
+# mypy: disable-error-code="no-untyped-def, assignment, misc, var-annotated"
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def _sums(
     FIRST: tl.constexpr, TOTAL: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The sums of some groups, four kinds at most from FIRST on, in an order that does not depend
-    on who came first. All kinds are read before any is added: a wait for the memory costs more than all
+    on who came first. All are read before any is added: a wait for the memory costs more than all
     else here. More than four at a time take more registers than are left."""
     KINDS: tl.constexpr = TOTAL - FIRST if TOTAL - FIRST < 4 else 4
     totals = ()
@@ -468,21 +468,21 @@ def _slope(diff, scale, weight, c, HUBER: tl.constexpr):
     return value if weight is None else tl.where(weight == 0.0, 0.0, weight * value)
 
 
-@triton.jit(do_not_specialize=[*_COUNTS, "grad_stride"])
+@triton.jit(do_not_specialize=[*_COUNTS, "grad_stride", "first_factor"])
 def pair_bwd(
     pred, target, ref, mask, base, anchor, grad, grad_loss, stats,
-    huber, affine, grad_stride, n_groups, n_elements, n_programs,
+    huber, affine, grad_stride, first_factor, n_groups, n_elements, n_programs,
     sizes, pred_strides, target_strides, ref_strides, mask_strides, base_strides, anchor_strides,
     grad_strides,
     MEMBERS: tl.constexpr, PRED: tl.constexpr, TARGET: tl.constexpr, REF: tl.constexpr,
-    MASK: tl.constexpr, BASE: tl.constexpr, ANCHOR: tl.constexpr, FACTORS: tl.constexpr,
+    MASK: tl.constexpr, BASE: tl.constexpr, ANCHOR: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr, REVERSED: tl.constexpr,
 ):  # fmt: skip
     """grad = grad_loss * sum over directions of factor * direction, in one launch.
 
     A member whose grad is None is neither read nor written. ref and anchor are there if they are
-    directions. grad_stride: 1 for one grad_loss a group. FACTORS: the row of stats where the
-    factors begin.
+    directions. grad_stride: 1 for one grad_loss a group. first_factor: the row of stats where
+    they begin.
     REVERSED: from the last block to the first; the last are what forward left in the L2 cache.
     """
     HUBER: tl.constexpr = len(huber) > 0
@@ -496,7 +496,7 @@ def pair_bwd(
     anchors = _starts(anchor, anchor_strides, group, n_groups, n_elements, MEMBERS, ANCHOR)
     scales = ()
     for i in tl.static_range(MEMBERS * (1 + (REF is not None) + (ANCHOR is not None))):
-        scales = scales + (tl.load(stats + (FACTORS + i) * n_groups + group),)  # noqa: RUF005
+        scales = scales + (tl.load(stats + (first_factor + i) * n_groups + group),)  # noqa: RUF005
     c = _huber(huber) if HUBER else 0.0
     lane = tl.arange(0, BLOCK)
     last = (n_elements - 1) // BLOCK  # n + BLOCK may overflow
