@@ -85,12 +85,11 @@ def pair_forward(
     shape () or (B,). ref: predictions, or of one dimension, errors. mask: expanded to pred's sizes.
     swap: the link takes the loser for the winner.
     """
+    plain = more is NOTHING_MORE
+    rare = () if plain else (*more.base, *more.anchor)
     plan = _plan_forward(
         link, reduction, error_reduction, swap, more.n_groups,
-        *[
-            t if t is None else (t.shape, t.stride())
-            for t in (*pred, *target, *ref, *mask, *more.base, *more.anchor)
-        ],
+        *[t if t is None else (t.shape, t.stride()) for t in (*pred, *target, *ref, *mask, *rare)],
     )  # fmt: skip
     assert pred[0] is not None
     device = pred[0].device
@@ -99,13 +98,16 @@ def pair_forward(
     partials = torch.empty(*plan.partials, dtype=torch.float32, device=device)
     pointers = (
         _pointers(pred), _pointers(target), _pointers(ref), _pointers(mask),
-        _pointers(more.base), _pointers(more.anchor), loss, stats, partials,
+        *(((), ()) if plain else (_pointers(more.base), _pointers(more.anchor))),
+        loss, stats, partials,
     )  # fmt: skip
     values, tensors, strides = _scalars(scalars)
     huber, of_huber = _huber(huber_c)
     affine = _scalars(more.affine) if more.affine else ()
     numbers = (more.lengths, values, tensors, strides, huber, affine, more.mix)
-    seen = (more.lengths, *tensors, *of_huber, *(affine[1] if affine else ()))
+    seen = (*tensors, *of_huber)
+    if not plain:
+        seen += (more.lengths, *(affine[1] if affine else ()))
     _launch(pair.pair_fwd, plan, device, pointers, numbers, seen, strides)
     return loss, stats
 
@@ -126,24 +128,28 @@ def pair_backward(
     one whose gradient has more directions than that of a pair's errors."""
     grad = torch.empty_like(pred[0]) if needed[0] and pred[0] is not None else None
     grad_l = torch.empty_like(pred[1]) if needed[1] and pred[1] is not None else None
-    if not isinstance(link, Group) or not link.drift:
-        ref = ABSENT
+    tensors: tuple[Tensor | None, ...] = (*pred, *target, *mask, grad, grad_l)
+    group: Group | None = None
+    of_ref: tuple[Tensor, ...] = ()
+    base, anchor = of_ref, of_ref
+    if isinstance(link, Group):
+        group, others = link, (ref if link.drift else ABSENT, more.base, more.anchor)
+        of_ref, base, anchor = map(_pointers, others)
+        tensors += tuple(t for each in others for t in each)
     plan = _plan_backward(
-        link if isinstance(link, Group) else None, more.n_groups, stats.shape[0],
-        *[
-            t if t is None else (t.shape, t.stride())
-            for t in (*pred, *target, *ref, *mask, *more.base, *more.anchor, grad, grad_l)
-        ],
+        group, more.n_groups, stats.shape[0],
+        *[t if t is None else (t.shape, t.stride()) for t in tensors],
     )  # fmt: skip
     grads = (grad,) if pred[1] is None else (grad, grad_l)
     pointers = (
-        _pointers(pred), _pointers(target), _pointers(ref), _pointers(mask),
-        _pointers(more.base), _pointers(more.anchor), grads, grad_loss, stats,
+        _pointers(pred), _pointers(target), of_ref, _pointers(mask), base, anchor,
+        grads, grad_loss, stats,
     )  # fmt: skip
-    huber, of_huber = _huber(huber_c)
+    huber, seen = _huber(huber_c)
     affine = _scalars(more.affine) if more.affine else ()
     numbers = (huber, affine, _stride(grad_loss))
-    seen = (*of_huber, *(affine[1] if affine else ()))
+    if affine:
+        seen = (*seen, *affine[1])
     _launch(pair.pair_bwd, plan, stats.device, pointers, numbers, seen)
     return grad, grad_l
 
@@ -156,7 +162,8 @@ def _plan_forward(
     link: Link | Group, reduction: str, error_reduction: str, swap: bool, n_groups: int | None,
     *laid: Laid | None,
 ) -> Plan:  # fmt: skip
-    operands = pred, target, ref, mask, base, anchor = _operands(laid)
+    operands = [*_operands(laid), ABSENT, ABSENT][:6]
+    pred, target, ref, mask, base, anchor = operands
     members = link.members
     n_groups, n_elements = _count(pred, members, n_groups)
     n_programs = _programs(n_groups, n_elements)
@@ -207,8 +214,9 @@ def _plan_forward(
 def _plan_backward(
     group: Group | None, n_groups: int | None, rows: int, *laid: Laid | None
 ) -> Plan:
-    *operands, grads = _operands(laid)
-    pred, _, ref, _, _, anchor = operands
+    pred, target, mask, grads, *others = _operands(laid)
+    ref, base, anchor = others or (ABSENT, ABSENT, ABSENT)
+    operands = (pred, target, ref, mask, base, anchor)
     members = group.members if group else 2
     n_groups, n_elements = _count(pred, members, n_groups)
     n_programs = _programs(n_groups, n_elements)
