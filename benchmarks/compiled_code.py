@@ -64,7 +64,7 @@ def shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         of_link = row["link"] in ("mapo", "dpo_sigmoid")
         if not plain or not of_link or (row["pred"], row["of_target"]) not in DTYPES:
             continue
-        if "error" in row:
+        if "error" in row or not row["loops"]:
             continue
         hot, *rest = row["loops"]
         name = row["link"] if row["kernel"] == "pair_fwd" else "backward"
