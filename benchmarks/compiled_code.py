@@ -91,7 +91,8 @@ def table(path: Path = RESULTS / "compiled.csv") -> str:
     """The first and the latest rows of each kernel, a table for each target."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    tritons = sorted({row["triton"] for row in rows})
+    first = {row["git"] for row in rows[:1]}
+    tritons = sorted({row["triton"] for row in rows if row["git"] in first})
     lines = []
     for target in TARGETS:
         cells: dict[tuple[str, str], dict[str, list[str]]] = {}
