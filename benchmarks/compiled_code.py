@@ -64,7 +64,7 @@ def shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         of_link = row["link"] in ("mapo", "dpo_sigmoid")
         if not plain or not of_link or (row["pred"], row["of_target"]) not in DTYPES:
             continue
-        if "error" in row:
+        if "error" in row or not row["loops"]:
             continue
         hot, *rest = row["loops"]
         name = row["link"] if row["kernel"] == "pair_fwd" else "backward"
@@ -91,7 +91,8 @@ def table(path: Path = RESULTS / "compiled.csv") -> str:
     """The first and the latest rows of each kernel, a table for each target."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    tritons = sorted({row["triton"] for row in rows})
+    first = {row["git"] for row in rows[:1]}
+    tritons = sorted({row["triton"] for row in rows if row["git"] in first})
     lines = []
     for target in TARGETS:
         cells: dict[tuple[str, str], dict[str, list[str]]] = {}

@@ -90,9 +90,11 @@ def targets(rows: list[dict[str, Any]]) -> list[tuple[str, float, float, bool]]:
     found: list[tuple[str, float | None, float, bool]] = []
     four = chosen(ours, n="4")
     for row in chosen(four, link="mapo", shape="sdxl", pred="fp32", target="bf16", shared="True"):
-        for provider, bound in (("eager", 6.0), ("compile", 2.0)):
-            what = f"SDXL, 4 pairs: {provider} / fastpref, wall"
-            found.append((what, ratio(row, provider, "wall_us"), bound, True))
+        # On the wall, Python is what counts at this size: benchmarks/README.md has what is left.
+        for provider, of_wall, of_device in (("eager", 2.5, 6.0), ("compile", 1.3, 1.8)):
+            what = f"SDXL, 4 pairs: {provider} / fastpref"
+            found.append((f"{what}, wall", ratio(row, provider, "wall_us"), of_wall, True))
+            found.append((f"{what}, device", ratio(row, provider, "device_us"), of_device, True))
     for row in chosen(four, shape="hunyuan720", pred="bf16", target="bf16"):
         what = f"Hunyuan, 4 pairs, {row['link']}, {'shared' if row['shared'] == 'True' else 'own'}"
         for way in ("fwd", "bwd"):

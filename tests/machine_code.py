@@ -35,12 +35,12 @@ def read(binary: Any, backend: str) -> dict[str, Any]:
 
 
 def innermost_loops(code: list[Instruction]) -> Iterator[list[Instruction]]:
-    """What lies between a jump back and where it jumps to, and holds no such jump itself."""
+    """What lies between where jumps back go to and the last of them, and holds no other such."""
     at = {each.label: i for i, each in reversed([*enumerate(code)]) if each.label}
-    spans = [(at[e.jump], i) for i, e in enumerate(code) if e.jump in at and at[e.jump] < i]
-    for first, last in spans:
-        if not any(first <= f and l <= last and (f, l) != (first, last) for f, l in spans):
-            yield code[first : last + 1]
+    last = {at[e.jump]: i for i, e in enumerate(code) if e.jump in at and at[e.jump] < i}
+    for first, end in last.items():
+        if not any(first < f and l <= end for f, l in last.items()):
+            yield code[first : end + 1]
 
 
 def _loop(body: list[str], groups: list[int], stores: str, barriers: str) -> dict[str, Any]:
