@@ -184,13 +184,18 @@ def _sums(side: Side, options: Options, dtype: torch.dtype) -> list[Tensor]:
         # (pred - ref) * (pred - target + ref - target), with one pass over the memory less
         gap = 2.0 * per_sample(diff.sub_(moved, alpha=0.5).mul_(moved))
         of_ref = err - gap
-        if bool((of_ref > 1e-2 * err).all()):  # no difference of two large numbers, then
+        if _far_from_cancelling(of_ref, err):
             return [err, gap, of_ref]
     diff_ref = off(ref, target)
     of_ref = per_sample(_squares(diff_ref, options.huber_c))
     if plain and on_cpu:
         return [err, gap, of_ref]
     return [err, per_sample(_gaps(moved, diff, diff_ref, options.huber_c)), of_ref]
+
+
+def _far_from_cancelling(difference: Tensor, of: Tensor) -> bool:
+    numbers = zip(difference.flatten().tolist(), of.flatten().tolist(), strict=True)
+    return all(d > 1e-2 * o for d, o in numbers)
 
 
 def _kinds(sums: Sequence[Sequence[Tensor]]) -> list[Tensor]:

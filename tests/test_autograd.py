@@ -141,7 +141,7 @@ def test_compile_other_batch_sizes(form: str, impl: Impl, device: torch.device) 
 def check_ops(forward: tuple[Any, ...], operands: tuple[Any, ...], halves: bool) -> None:
     torch.library.opcheck(torch.ops.fastpref.pair_forward.default, forward)
     loss, stats = torch.ops.fastpref.pair_forward(*forward)
-    backward = (torch.ones_like(loss), stats, *operands, *forward[11:14], True, halves)
+    backward = (torch.ones_like(loss), stats, *operands, *forward[11:13], True, halves)
     torch.library.opcheck(torch.ops.fastpref.pair_backward.default, backward)
 
 
@@ -158,7 +158,7 @@ def test_opcheck(shared: bool, halves: bool, device: torch.device) -> None:
         tensors = [None, None, beta if reduction == "none" else None]
         numbers = [0.5, 1000.0, 0.1]
         absent = (None, None)
-        options: tuple[Any, ...] = (False, None, None, reduction, "mean")
+        options: tuple[Any, ...] = (None, None, False, reduction, "mean")
         operands = (*preds, *targets, *absent)
         forward = (
             LINKS["mapo"].key,
@@ -175,7 +175,7 @@ def test_opcheck(shared: bool, halves: bool, device: torch.device) -> None:
         operands = (*preds, *targets, *masks)
         errors = torch.rand(6, device=device)
         for ref in (preds, (errors, None)):
-            options = (True, 0.5, None, reduction, "sum")
+            options = (0.5, None, True, reduction, "sum")
             forward = (
                 LINKS["dpo_sigmoid"].key,
                 [0.1],
