@@ -13,8 +13,10 @@ from fastpref_kernels.knobs import live, pair_losses
 
 from . import ops, reference
 from .context import no_autocast, transformed
+from .differentiable import gate
 from .pairs import Halves, Pairs, Scalar, check_errors, check_pairs, halves
 from .scalars import check_huber, check_scalars
+from .sums import cast, reduce
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 ErrorReduction: TypeAlias = Literal["mean", "sum"]
@@ -273,16 +275,16 @@ def losses_from_errors(
     dtype = torch.float64 if any(e.dtype == torch.float64 for e in given) else torch.float32
     with no_autocast(device):
         err_w, err_l = (e.to(dtype) for e in errors)
-        numbers = [reference.cast(number, dtype) for number in numbers]
+        numbers = [cast(number, dtype) for number in numbers]
         uses = live(chosen, numbers)
-        err_w = reference.gate(err_w, uses.err_w | uses.gap_w, err_w.detach)
-        err_l = reference.gate(err_l, uses.err_l | uses.gap_l, err_l.detach)
+        err_w = gate(err_w, uses.err_w | uses.gap_w, err_w.detach)
+        err_l = gate(err_l, uses.err_l | uses.gap_l, err_l.detach)
         gap_w, gap_l = err_w, err_l
         if ref[0] is not None:
             ref_w, ref_l = (e.to(dtype) for e in halves(ref, n_pairs, swap))
             gap_w, gap_l = err_w - ref_w, err_l - ref_l
         per_pair, _, _, margin = pair_losses(chosen, (err_w, err_l), (gap_w, gap_l), numbers)
-    loss = reference.reduce(per_pair, reduction)
+    loss = reduce(per_pair, reduction)
     results = [(err_w, err_l)]
     if ref[0] is not None:
         results += [(ref_w, ref_l), (gap_w, gap_l)]

@@ -93,11 +93,12 @@ def test_the_kernels_import_torch_triton_and_themselves() -> None:
                 assert (node.module or "").split(".")[0] in allowed, path
 
 
-def test_the_reference_imports_no_kernel() -> None:
-    tree = ast.parse((ROOT / "fastpref" / "reference.py").read_text())
+@pytest.mark.parametrize("name", ["reference", "differentiable", "sums"])
+def test_the_reference_imports_no_kernel(name: str) -> None:
+    tree = ast.parse((ROOT / "fastpref" / f"{name}.py").read_text())
     modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     ours = {m for m in modules if m and "kernels" in m}
-    assert ours == {"fastpref_kernels.knobs", "fastpref_kernels.links"}
+    assert ours <= {"fastpref_kernels.knobs", "fastpref_kernels.links"}
 
 
 def test_kernels_is_a_bare_folder() -> None:
