@@ -36,7 +36,7 @@ from .sums import (
     swapped,
 )  # fmt: skip
 
-LARGE = 2**18  # elements; above it, a CPU takes one sample at a time
+LARGE = 2**20  # elements; above it, a CPU takes one sample at a time
 FEW = 32  # pairs; up to it, a CPU works out the link in floats
 
 
@@ -217,20 +217,21 @@ def _sums(side: Side, options: Options, dtype: torch.dtype) -> list[Tensor]:
     diff = off(pred, target)
     if ref is None:
         return [reduced(diff.square_() if plain else squares(diff, options.huber_c))]
-    err = reduced(squares(diff, options.huber_c))
+    elements = squares(diff, options.huber_c)
+    err = reduced(elements)
     if ref.dim() == 2:
         return [err, err - ref, ref]
-    moved = off(pred, ref)
-    if plain and on_cpu:
-        # (pred - ref) * (pred - target + ref - target), with one pass over the memory less
+    if plain and on_cpu and hidden is None:
+        # (pred - ref) * (pred - target + ref - target), with fewer passes over the memory
+        moved = torch.sub(pred, ref, out=elements)
         gap = 2.0 * reduced(diff.sub_(moved, alpha=0.5).mul_(moved))
         of_ref = err - gap
-        if _far_from_cancelling(of_ref, err):
-            return [err, gap, of_ref]
+        if not _far_from_cancelling(of_ref, err):
+            of_ref = reduced((ref - target).square_())
+        return [err, gap, of_ref]
+    moved = off(pred, ref)
     diff_ref = off(ref, target)
     of_ref = reduced(squares(diff_ref, options.huber_c))
-    if plain and on_cpu:
-        return [err, gap, of_ref]
     return [err, reduced(gaps(moved, diff, diff_ref, options.huber_c)), of_ref]
 
 

@@ -114,7 +114,9 @@ class Case(NamedTuple):
     shared: bool = True
     ref: str = ""  # dtype of the reference's prediction; "errors" for its errors
     mask: str = ""  # "bool": one for the pair, over all channels
-    layout: str = "dense"  # "wide": as many elements as need 64 bits, which nothing here allocates
+    # "wide": as many elements as need 64 bits, which nothing here allocates; "halves": winners and
+    # losers in a tensor each, of which only the winners' needs a gradient
+    layout: str = "dense"
     knobs: str = ""  # all of them; "floats", or "tensors" of a value per pair
     huber: bool = False
 
@@ -134,7 +136,10 @@ def recorders(case: Case) -> tuple[Recorder, Recorder]:
     if case.knobs:
         scalars += [torch.ones(2) if case.knobs == "tensors" else 0.5] * len(KNOBS)
     huber = 0.001 if case.huber else None
-    pred, target, masks = (model_pred, None), (wanted, None), (mask, None)
+    pred: launch.Operand = (model_pred, None)
+    if case.layout == "halves":
+        pred = model_pred[:2].clone(), model_pred[2:].clone()
+    target, masks = (wanted, None), (mask, None)
     count = (2, 2**32) if case.layout == "wide" else launch._count(pred, 2, None)
     with recorded() as both, unplanned(), mock.patch.object(launch, "_count", return_value=count):
         loss, stats = launch.pair_forward(
@@ -152,7 +157,9 @@ def cases() -> list[Case]:
     found += [Case("dpo_sigmoid", knobs="floats")]
     for link in ("mapo", "dpo_sigmoid"):
         found += [Case(link, p, t, shared) for p, t in dtypes for shared in (True, False)]
-        found += [Case(link, "fp32", "bf16", layout=each) for each in ("wide", "channels_last")]
+        found += [
+            Case(link, "fp32", "bf16", layout=each) for each in ("wide", "channels_last", "halves")
+        ]
         found += [Case(link, "bf16", "bf16", mask="bool"), Case(link, huber=True)]
     found += [Case("dpo_sigmoid", "fp32", "fp32", ref="bf16")]
     found += [Case("dpo_sigmoid", "fp32", "fp32", ref="errors")]

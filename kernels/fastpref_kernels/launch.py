@@ -140,7 +140,9 @@ def pair_backward(
         group, more.n_groups, stats.shape[0],
         *[t if t is None else (t.shape, t.stride()) for t in tensors],
     )  # fmt: skip
-    grads = (grad,) if pred[1] is None else (grad, grad_l)
+    grads = _pointers(pred) if grad is None else (grad,)
+    if pred[1] is not None:
+        grads = (grads[0], pred[1] if grad_l is None else grad_l)
     pointers = (
         _pointers(pred), _pointers(target), of_ref, _pointers(mask), base, anchor,
         grads, grad_loss, stats,
@@ -221,13 +223,15 @@ def _plan_backward(
     n_groups, n_elements = _count(pred, members, n_groups)
     n_programs = _programs(n_groups, n_elements)
     given = (pred[0] if grads[0] is None else grads[0], pred[1] if grads[1] is None else grads[1])
+    needed = -1 if pred[1] is None else (grads[0] is not None) + 2 * (grads[1] is not None)
     sizes, strides, wide = _layout(n_elements, *operands, given)
     directions = 1 + (ref[0] is not None) + (anchor[0] is not None)
     return Plan(
         grid=(n_groups * n_programs, 1, 1),
         arguments=(
             rows - members * directions, n_groups, n_elements, n_programs, sizes, *strides, members,
-            *[_form(each, n_groups, members, group) for each in operands], wide, BLOCK, REVERSED,
+            *[_form(each, n_groups, members, group) for each in operands],
+            needed, wide, BLOCK, REVERSED,
         ),
         launchers={},
         scattered=_scattered(sizes, strides),

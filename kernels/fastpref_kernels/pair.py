@@ -476,11 +476,12 @@ def pair_bwd(
     grad_strides,
     MEMBERS: tl.constexpr, PRED: tl.constexpr, TARGET: tl.constexpr, REF: tl.constexpr,
     MASK: tl.constexpr, BASE: tl.constexpr, ANCHOR: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr, REVERSED: tl.constexpr,
+    NEEDED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, REVERSED: tl.constexpr,
 ):  # fmt: skip
     """grad = grad_loss * sum over directions of factor * direction, in one launch.
 
-    A member whose grad is None is neither read nor written. ref and anchor are there if they are
+    NEEDED: a bit for each member; others are neither read nor written, and have any pointer for
+    their grad, since None is more than Triton 3.6 takes. ref and anchor are there if they are
     directions. grad_stride: 1 for one grad_loss a group. first_factor: the row of stats where
     they begin.
     REVERSED: from the last block to the first; the last are what forward left in the L2 cache.
@@ -513,7 +514,7 @@ def pair_bwd(
         goal = None
         weight = None
         for m in tl.static_range(MEMBERS):
-            if m == 0 or (AGAIN and _own(grad, m) is not None):
+            if m == 0 or (AGAIN and (NEEDED >> m) % 2 == 1):
                 goal = _load(targets[m], start, lane, inside, sizes, _own(target_strides, m))
                 if BASE is not None:
                     x = _load(bases[m], start, lane, inside, sizes, _own(base_strides, m))
@@ -524,7 +525,7 @@ def pair_bwd(
                 weights = weights + (weight,)  # noqa: RUF005
             way = scales[m]  # whatever, where no gradient is needed
             of_others = ()
-            if _own(grad, m) is not None:
+            if (NEEDED >> m) % 2 == 1:
                 if m == 0 or PRED != "shared":
                     pred_m = _load(preds[m], start, lane, inside, sizes, _own(pred_strides, m))
                 way = pred_m - goal
@@ -539,7 +540,7 @@ def pair_bwd(
         scale = tl.load(grad_loss + group * grad_stride).to(tl.float32)
         total = None
         for m in tl.static_range(MEMBERS):
-            if _own(grad, m) is not None:
+            if (NEEDED >> m) % 2 == 1:
                 weight = weights[m] if MASK is not None else None
                 value = _slope(ways[m], scale * scales[m], weight, c, HUBER)
                 for d in tl.static_range(len(pulls[m])):
