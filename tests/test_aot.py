@@ -80,9 +80,13 @@ def partial_sums(row: dict[str, Any]) -> int:
 
 
 def kinds(row: dict[str, Any]) -> list[int]:
-    """How many kinds of partial sums the last program reads at a time."""
-    paired = LINKS[row["link"]].score.needs_ref and row["ref"] != "errors"
-    return [3 if row["mask"] else 2, *[4] * paired]
+    """How many kinds of partial sums the last program reads at a time: four at most."""
+    total = 2 * (3 if paired(row) else 1) + bool(row["mask"])
+    return [min(4, total - first) for first in range(0, total, 4)]
+
+
+def paired(row: dict[str, Any]) -> bool:
+    return LINKS[row["link"]].score.needs_ref and row["ref"] != "errors"
 
 
 def test_elements_move_in_vectors(rows: list[dict[str, Any]]) -> None:
@@ -112,8 +116,8 @@ def test_elements_move_in_vectors(rows: list[dict[str, Any]]) -> None:
 def test_a_block_is_loaded_at_once(rows: list[dict[str, Any]]) -> None:
     """A round of the loop over blocks waits for the memory once, before it stores anything, and
     nothing passes from thread to thread. For six operands, five of half precision or pseudo-Huber
-    errors it may wait twice, for want of registers. AMD's compiler moves the load of a mask to
-    where it likes."""
+    errors it may wait twice, for want of registers. AMD's compiler waits for each load by itself
+    where it likes, and moves the load of a mask."""
     for row in (row for row in rows if row["layout"] in ("dense", "wide")):
         loop = row["loops"][0]
         of_grad = row["kernel"] == "pair_bwd"  # grad_loss; AMD has scalar loads for such
@@ -122,18 +126,19 @@ def test_a_block_is_loaded_at_once(rows: list[dict[str, Any]]) -> None:
             continue
         assert sum(loop["groups"]) in (operands(row), operands(row) + of_grad), case(row)
         few = operands(row) < (6 if row["pred"] == "fp32" else 5) and not row["huber"]
-        assert len(loop["groups"]) <= (1 if few else 2), case(row)
+        many = 3 if row["target"] == "gfx942" else 2
+        assert len(loop["groups"]) <= (1 if few else many), case(row)
         assert "SL" not in loop["order"], case(row)
 
 
 def operands(row: dict[str, Any]) -> int:
     """How many a round of the loop over blocks loads."""
-    paired = row["kernel"] == "pair_fwd" and len(kinds(row)) == 2
-    return 2 + (1 if row["shared"] else 2) + 2 * paired + bool(row["mask"])
+    of_ref = 2 if row["kernel"] == "pair_fwd" and paired(row) else 0
+    return 2 + (1 if row["shared"] else 2) + of_ref + bool(row["mask"])
 
 
 def test_the_last_program_waits_once_for_all_kinds_of_sums(rows: list[dict[str, Any]]) -> None:
-    """It reads errors, then gaps and the reference's errors. The compiler may do several rounds at
+    """Or for four of them. The compiler may do several rounds at
     once, and shows AMD's loops more than once."""
     for row in (row for row in rows if row["kernel"] == "pair_fwd" and row["target"] != "gfx942"):
         loops = row["loops"][1:]
