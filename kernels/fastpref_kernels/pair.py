@@ -256,14 +256,6 @@ def _finish(
             partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
             MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, GROUPS, PARTS,
         )  # fmt: skip
-        rows = stats + group
-        for kind in tl.static_range(len(sums[0])):
-            for m in tl.static_range(MEMBERS):
-                tl.store(rows, sums[m][kind], mask=inside)
-                rows += n_groups
-        if CROSS:
-            tl.store(rows, cross, mask=inside)
-            rows += n_groups
         if LINK is None:
             err_w, err_l = sums[0][0], sums[1][0]
             gap_w, gap_l = err_w, err_l
@@ -283,6 +275,14 @@ def _finish(
             scalars = _scalars(values, tensors, strides, group, n_groups, 0, len(values))
             active = _active(lengths, group, n_groups, MEMBERS)
             value, slopes, score = LINK(sums, cross, scalars, batch, active)
+        rows = stats + group
+        for kind in tl.static_range(len(sums[0])):
+            for m in tl.static_range(MEMBERS):
+                tl.store(rows, sums[m][kind], mask=inside)
+                rows += n_groups
+        if CROSS:
+            tl.store(rows, cross, mask=inside)
+            rows += n_groups
         tl.store(rows, score, mask=inside)
         # of d err / d pred = 2 / size * (pred - target), all but the difference
         scale = group_scale if HUBER else 2.0 * group_scale
