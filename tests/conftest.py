@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,6 +52,8 @@ def missing(names: Sequence[str]) -> list[str]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bare", action="store_true", help="leave out what needs missing packages")
+    text = "of what tests draw at random, if they have no seed of their own"
+    parser.addoption("--seed", type=int, default=0, help=text)
     text = "what `python tests/aot.py` printed, for test_aot.py to check instead of compiling"
     parser.addoption("--aot_rows", type=Path, metavar="FILE", help=text)
 
@@ -78,7 +82,7 @@ class AtOnce:
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     where = torch.cuda.get_device_name() if HAS_GPU else "Triton's interpreter"
-    lines = [f"kernels run on: {where}"]
+    lines = [f"kernels run on: {where}", f"draws are of --seed {config.getoption('seed')}"]
     if config.getoption("bare"):
         for needed in dict.fromkeys(NEEDS.values()):
             if lacking := missing(needed):
@@ -95,6 +99,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         needs = item.get_closest_marker("needs")
         if config.getoption("bare") and needs and missing(needs.args):
             item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(needs.args)}"))
+
+
+@pytest.fixture(autouse=True)
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """Of this test alone, wherever it runs; as are the global generators."""
+    seed = f"{request.config.getoption('seed')} for {request.node.nodeid}"
+    print(f"draws are of --seed {seed}")  # which pytest shows of a test that fails
+    made = random.Random(seed)
+    random.seed(seed)
+    np.random.seed(made.getrandbits(32))
+    torch.manual_seed(made.getrandbits(32))
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -100,6 +100,12 @@ CASES = {
     ),
 }
 
+# What goes through whole kernels, too. They know no loss by name, and test_links.py has each link
+# alone, so these are one of each kind: without a reference and with, with labels swapped, and with
+# numbers of each pair.
+FUSED = ("mapo", "dpo_sigmoid", "npo", "smpo", "seppo", "budget_dpo")
+FORMS_OF = FUSED[:3]  # those that are tried in all forms, with masks and with knobs
+
 # Losses of which label_smoothing, or loser_weight, is a part of its own.
 OWN = {"dpo_robust": "label_smoothing", "dpo_exo_pair": "label_smoothing"}
 OWN |= {"seppo": "loser_weight"}
@@ -132,9 +138,10 @@ def check(
     as_given: Callable[[tuple[Tensor, Tensor]], Any] = torch.cat,
     ref_errors: tuple[Tensor, Tensor] | None = None,
     target_as_given: Callable[[tuple[Tensor, Tensor]], Any] | None = None,
+    fused: bool = True,
 ) -> None:
-    """Fused against the oracle, allowed what eager needs. `knobs` go to function and oracle alike,
-    `extra` (mask, reductions, ...) to both in their own way."""
+    """Eager PyTorch and, if `fused`, the kernels against the oracle. `knobs` go to function and
+    oracle alike, `extra` (mask, reductions, ...) to both in their own way."""
     knobs, extra = knobs or {}, extra or {}
     device = latents.pred[0].device
     given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in case.options.items()}
@@ -142,7 +149,7 @@ def check(
     if case.needs_ref:
         given["ref_mse" if ref_errors else "ref_pred"] = as_given(ref_errors or latents.ref)
     results = []
-    for impl in ("triton", "torch"):
+    for impl in ("torch", "triton")[: 1 + fused]:
         tensors = [t.detach().clone().requires_grad_() for t in latents.pred]
         out = case.function(
             as_given(tuple(tensors)), (target_as_given or as_given)(latents.target),
@@ -150,7 +157,6 @@ def check(
         )  # fmt: skip
         grads = torch.autograd.grad(out.loss.sum(), tensors, materialize_grads=True)
         results.append((out, grads))
-    (fused, fused_grads), (eager, eager_grads) = results
     numbers = case.numbers | knobs
     weight = numbers.pop("sample_weight", None)
     if weight is not None:
@@ -160,7 +166,7 @@ def check(
     if case.swap and weight is not None:
         numbers["sample_weight_w"], numbers["sample_weight_l"] = weights[::-1]
     mask = extra.get("mask")
-    if mask is not None:
+    if isinstance(mask, Tensor):
         mask = (mask, mask) if mask.shape[0] == B else mask.chunk(2)
     truth = oracles.batch(
         case.formula,
@@ -177,35 +183,37 @@ def check(
     if case.swap:
         names = {"mse_w": "mse_l", "mse_l": "mse_w", "ref_mse_w": "ref_mse_l"}
         names |= {"ref_mse_l": "ref_mse_w"}
+    (eager, eager_grads), (got, got_grads) = results[0], results[-1]
     for name in ("loss", "margin", *names):
-        got, plain = getattr(fused, name), getattr(eager, name)
+        field, plain = getattr(got, name), getattr(eager, name)
         if name.startswith("ref") and not case.needs_ref:
-            assert got is None
+            assert field is None
             assert plain is None
             continue
-        assert got.dtype == FP32
-        assert not got.requires_grad or name == "loss"
-        oracles.assert_three_way(name, got, plain, truth[names.get(name, name)])
-    for name, got, plain in zip(("grad_w", "grad_l")[order], fused_grads, eager_grads, strict=True):
-        assert got.dtype == latents.pred[0].dtype
-        oracles.assert_three_way(name, got, plain, truth[name])
+        assert plain.dtype == FP32
+        assert not field.requires_grad or name == "loss"
+        oracles.assert_three_way(name, field, plain, truth[names.get(name, name)])
+    for name, grad, plain in zip(("grad_w", "grad_l")[order], got_grads, eager_grads, strict=True):
+        assert plain.dtype == latents.pred[0].dtype
+        oracles.assert_three_way(name, grad, plain, truth[name])
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("drift", [0.01, 1e-4, 0.0])
 def test_every_loss_is_its_formula(name: str, drift: float, device: torch.device) -> None:
     """For a policy that differs from the reference by 1e-4, and that is the reference, too."""
-    check(CASES[name], draw(device, drift=drift))
+    check(CASES[name], draw(device, drift=drift), fused=name in FUSED)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_winner_and_loser_alike(name: str, device: torch.device) -> None:
     latents = draw(device)
     same = Latents(*((half[0], half[0]) for half in latents))
-    check(CASES[name], same)
-    out = fastpref.pair_loss(torch.cat(same.pred), same.target[0], link="mapo")
-    assert out.margin.tolist() == [0.0] * B
-    assert out.metrics()["accuracy"].item() == 0.5
+    check(CASES[name], same, fused=name in FORMS_OF)
+    for impl in ("triton", "torch") if name == "mapo" else ():
+        out = fastpref.mapo_loss(torch.cat(same.pred), same.target[0], impl=impl)
+        assert out.margin.tolist() == [0.0] * B
+        assert out.metrics()["accuracy"].item() == 0.5
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -219,21 +227,27 @@ def test_every_knob_at_once(name: str, device: torch.device) -> None:
         "sample_weight": torch.tensor([1.0, 2.0, 0.5, 1.5, 1.0, 0.1]),
     }
     knobs.pop(OWN.get(name, ""), None)
-    check(CASES[name], draw(device), knobs, {"reduction": "none"})
+    fused = name in (*FORMS_OF, "smpo", "seppo")
+    check(CASES[name], draw(device), knobs, {"reduction": "none"}, fused=fused)
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("shape", [(2 * B, 1, 5, 7), (B, 4, 1, 7), (B, 4, 5, 7)])
+@pytest.mark.parametrize("name", FORMS_OF)
+@pytest.mark.parametrize("shape", [(2 * B, 1, 5, 7), (B, 4, 1, 7), (B, 4, 5, 7), (2 * B, 4, 5, 7)])
 @pytest.mark.parametrize("error_reduction", ["mean", "sum"])
 def test_mask_and_error_reduction(
     name: str, shape: tuple[int, ...], error_reduction: str, device: torch.device
 ) -> None:
+    """A mask of each sample or of the pair, bool or float; the last one comes in halves."""
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device)
     mask = mask > 0.4 if shape[0] == B else mask
     mask[1] = 0  # a sample that is hidden whole
     scale = 0.02 if error_reduction == "sum" else 1.0
     extra = {"mask": mask, "error_reduction": error_reduction, "reduction": "sum"}
-    check(CASES[name], draw(device), {"logit_scale": scale}, extra)
+    halves = shape == (2 * B, 4, 5, 7)
+    if halves:
+        extra["mask"] = mask.chunk(2)
+    as_given: Any = tuple if halves else torch.cat
+    check(CASES[name], draw(device), {"logit_scale": scale}, extra, as_given)
 
 
 Form = Callable[[tuple[Tensor, Tensor]], Any]
@@ -256,7 +270,7 @@ FORMS: dict[str, tuple[Form, Form, tuple[torch.dtype, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FORMS_OF)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_input(name: str, form: str, device: torch.device) -> None:
     as_given, target_as_given, dtypes = FORMS[form]
@@ -272,7 +286,7 @@ def test_every_form_of_input(name: str, form: str, device: torch.device) -> None
 
 
 @pytest.mark.parametrize("form", ["stacked", "halves"])
-@pytest.mark.parametrize("name", ["dpo_sigmoid", "npo", "dpo_nca_pair", "seppo"])
+@pytest.mark.parametrize("name", ["dpo_sigmoid", "npo"])
 def test_precomputed_errors_of_the_reference(name: str, form: str, device: torch.device) -> None:
     as_given: Any = torch.cat if form == "stacked" else tuple
     latents = draw(device)
@@ -303,6 +317,7 @@ def test_pseudo_huber_with_a_reference(device: torch.device) -> None:
         {"beta": 1000.0},
     )
     check(case, latents)
+    check(case, latents, extra={"mask": torch.rand(2 * B, 1, 5, 7, device=device)})
     tensor = torch.tensor(0.05, device=device)
     for impl in ("triton", "torch"):
         out = [
@@ -530,18 +545,23 @@ def test_a_link_from_outside(monkeypatch: pytest.MonkeyPatch, device: torch.devi
 
 
 def test_the_knobs_say_what_is_neutral(device: torch.device) -> None:
-    """A knob at its neutral value changes no bit."""
+    """One at a time; in the kernels, where test_links.py has each, all at once."""
     pred, target, ref = (torch.cat(half) for half in draw(device))
     for name in ("mapo", "dpo_sigmoid"):
+        neutral: dict[str, Any] = {
+            "sample_weight" if knob.startswith("sample_weight") else knob:
+                LINKS[name].sft_weight if hyper.default is None else hyper.default
+            for knob, hyper in KNOBS.items()
+        }  # fmt: skip
+        of_tensors = {knob: torch.tensor(value, device=device) for knob, value in neutral.items()}
         given = {"ref_pred": ref} if LINKS[name].score.needs_ref else {}
         for impl in ("triton", "torch"):
             options: dict[str, Any] = {"link": name, "impl": impl, **given}
             plain = fastpref.pair_loss(pred, target, **options).loss
-            for knob, hyper in KNOBS.items():
-                value = LINKS[name].sft_weight if hyper.default is None else hyper.default
-                knob = "sample_weight" if knob.startswith("sample_weight") else knob
-                for form in (value, torch.tensor(value, device=device)):
-                    out = fastpref.pair_loss(pred, target, **options, **{knob: form}).loss
+            for knobs in (neutral, of_tensors):
+                alone = [{knob: value} for knob, value in knobs.items()]
+                for each in [knobs] if impl == "triton" else alone:
+                    out = fastpref.pair_loss(pred, target, **options, **each).loss
                     torch.testing.assert_close(out, plain, rtol=1e-6, atol=0)
 
 

@@ -56,9 +56,8 @@ def test_the_study_in_small(folder: Path, world: World) -> None:
     path.write_text(path.read_text().replace('"joint": ', '"joint": 7', 1))
     assert execute(folder, run, "cpu")["result"]["joint"] >= 7  # taken from the file
     path.write_text(path.read_text().replace(world.fingerprint, "another world"))
-    assert execute(folder, run, "cpu")["result"] == pytest.approx(
-        result | {"seconds": pytest.approx(result["seconds"], rel=9)}
-    )
+    again = execute(folder, run, "cpu")["result"]
+    assert again == pytest.approx(result | {"seconds": again["seconds"]})
 
 
 @pytest.mark.parametrize("method", ["MaPO", "DPO+winner"])

@@ -45,13 +45,6 @@ def server() -> None:
         forkserver.ensure_running()
 
 
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> random.Random:
-    seed = int.from_bytes(os.urandom(4), "big")
-    print(f"random.Random({seed})")
-    return random.Random(seed)
-
-
 def child(words: list[str], environment: dict[str, str], log: Path) -> None:
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # of data loaders: not like this process
