@@ -583,8 +583,10 @@ def full_rows(tmp_path: Path) -> Path:
 def test_the_report_says_what_is_met(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report.main([str(full_rows(tmp_path))])
     lines = capsys.readouterr().out.splitlines()
-    assert "met  SDXL, 4 pairs: eager / fastpref, wall: 8 (>= 6)" in lines
-    assert "met  SDXL, 4 pairs: compile / fastpref, wall: 3 (>= 2)" in lines
+    assert "met  SDXL, 4 pairs: eager / fastpref, wall: 8 (>= 2.5)" in lines
+    assert "met  SDXL, 4 pairs: compile / fastpref, wall: 3 (>= 1.3)" in lines
+    assert "met  SDXL, 4 pairs: eager / fastpref, device: 8 (>= 6)" in lines
+    assert "met  SDXL, 4 pairs: compile / fastpref, device: 3 (>= 1.8)" in lines
     assert "met  Hunyuan, 4 pairs, mapo, shared: fwd bandwidth / copy: 0.9667 (>= 0.92)" in lines
     assert "met  Hunyuan, 4 pairs, mapo, shared: compile / fastpref, device: 3 (>= 1.2)" in lines
     assert "met  extra bytes, most: 80 (<= 65536)" in lines
