@@ -50,8 +50,10 @@ def live(link: Link, scalars: Sequence[Any]) -> Live:
     compared = _nonzero(link.score.weight(*of_score)) & scale & (link.shape is not NOTHING)
     w, l = weight & of_w, weight & of_l
     gap_w, gap_l = w & compared, l & compared & loser
-    if link.score.needs_ref:
+    if link.score.needs_ref and not link.score.takes_both:
         return Live(w & sft, l & prior, gap_w, gap_l)
+    if link.score.needs_ref:
+        return Live(gap_w | (w & sft), gap_l | (l & prior), gap_w, gap_l)
     return Live(gap_w | (w & sft), gap_l | (l & prior), False, False)
 
 
@@ -72,11 +74,13 @@ def pair_losses_jit(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """(loss, its slopes by err_w and err_l, margin) of some pairs."""
     if len(knobs) == 0:
-        score_w, pull_w = SCORE(err_w, gap_w, *of_score)
-        score_l, pull_l = SCORE(err_l, gap_l, *of_score)
-        loss, slope_w, slope_l = SHAPE(score_w, score_l, *of_shape)
-        slope_w = slope_w * pull_w
-        slope_l = slope_l * pull_l
+        of_w = SCORE(err_w, gap_w, *of_score)
+        of_l = SCORE(err_l, gap_l, *of_score)
+        score_w, score_l = of_w[0], of_l[0]
+        seconds = (of_w[2], of_l[2]) if len(of_w) == 3 else ()
+        loss, slope_w, slope_l = SHAPE(score_w, score_l, *seconds, *of_shape)
+        slope_w = slope_w * of_w[1]
+        slope_l = slope_l * of_l[1]
         if SFT_WEIGHT != 0.0:
             loss += SFT_WEIGHT * err_w
             slope_w += SFT_WEIGHT
@@ -86,18 +90,25 @@ def pair_losses_jit(  # type: ignore[no-untyped-def]
         smoothing, sft, prior = knobs[3], knobs[4], knobs[5]
         err_w = times(knobs[6], err_w)
         err_l = times(knobs[7], err_l)
-        score_w, pull_w = SCORE(err_w, times(knobs[6], gap_w), *of_score)
-        score_l, pull_l = SCORE(err_l, times(knobs[7], gap_l), *of_score)
-        score_w = times(scale, score_w)
-        score_l = times(loser, times(scale, score_l))
-        loss, slope_w, slope_l = SHAPE(score_w, score_l, *of_shape)
-        other, other_l, other_w = SHAPE(score_l, score_w, *of_shape)
+        of_w = SCORE(err_w, times(knobs[6], gap_w), *of_score)
+        of_l = SCORE(err_l, times(knobs[7], gap_l), *of_score)
+        score_w = times(scale, of_w[0])
+        score_l = times(loser, times(scale, of_l[0]))
+        seconds = ()
+        swapped = ()
+        if len(of_w) == 3:
+            second_w = times(scale, of_w[2])
+            second_l = times(loser, times(scale, of_l[2]))
+            seconds = (second_w, second_l)
+            swapped = (second_l, second_w)
+        loss, slope_w, slope_l = SHAPE(score_w, score_l, *seconds, *of_shape)
+        other, other_l, other_w = SHAPE(score_l, score_w, *swapped, *of_shape)
         loss = (1.0 - smoothing) * loss + times(smoothing, other)
         slope_w = (1.0 - smoothing) * slope_w + times(smoothing, other_w)
         slope_l = (1.0 - smoothing) * slope_l + times(smoothing, other_l)
         loss += times(sft, err_w) + times(prior, err_l)
-        slope_w = times(scale, slope_w * pull_w) + sft
-        slope_l = times(loser, times(scale, slope_l * pull_l)) + prior
+        slope_w = times(scale, slope_w * of_w[1]) + sft
+        slope_l = times(loser, times(scale, slope_l * of_l[1])) + prior
         slope_w = times(weight, times(knobs[6], slope_w))
         slope_l = times(weight, times(knobs[7], slope_l))
         return times(weight, loss), slope_w, slope_l, score_w - score_l

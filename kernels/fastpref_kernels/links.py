@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 from .special import (
+    detached,
     in_torch,
     jit,
     log1p,
@@ -77,14 +78,19 @@ class _Text:
 class Score(_Text):
     """(err, gap, *hyper) -> (score, slope). The slope is that by whichever of err and gap the score
     takes; a gap moves as its error does, the reference being a constant. weight: the factor among
-    the hyper-parameters that switches a pair off where it is 0."""
+    the hyper-parameters that switches a pair off where it is 0.
+
+    A score of the gap may return (score, slope, second), a second score with the same slope but of
+    the error, which takes_both says. Its shape is (score_w, score_l, second_w, second_l, *hyper)."""
 
     needs_ref: bool = False
+    takes_both: bool = False
     weight: Callable[..., Any] = lambda *hyper: 1.0
 
 
 class Shape(_Text):
-    """(score_w, score_l, *hyper) -> (loss, slope_w, slope_l)."""
+    """(score_w, score_l, *hyper) -> (loss, slope_w, slope_l). A factor that is `detached` in the
+    loss counts as a constant in the slopes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,6 +222,11 @@ def _beta_gap(err, gap, beta):
 
 
 @jit
+def _gap_and_error(err, gap):
+    return -gap, -1.0, -err
+
+
+@jit
 def _half_beta_gap(err, gap, beta):
     return -0.5 * beta * gap, -0.5 * beta
 
@@ -237,6 +248,7 @@ ERROR = Score(_error)
 BETA_ERROR = Score(_beta_error, BETA)
 MAPO = Score(_mapo, {"snr": Hyper(0.5), "num_train_timesteps": Hyper(1000.0)})
 GAP = Score(_gap, needs_ref=True)
+GAP_AND_ERROR = Score(_gap_and_error, needs_ref=True, takes_both=True)
 BETA_GAP = Score(_beta_gap, BETA, needs_ref=True)
 HALF_BETA_GAP = Score(_half_beta_gap, BETA, needs_ref=True)
 SMOOTHED_GAP = Score(

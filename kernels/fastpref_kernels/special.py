@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
-    "TRITON_MISSING", "in_torch", "jit", "log1p", "power_gap", "psi_and_slope", "sigmoids",
-    "softplus_and_slope", "times", "tl",
+    "TRITON_MISSING", "detached", "in_torch", "jit", "log1p", "power_gap", "psi_and_slope",
+    "sigmoids", "softplus_and_slope", "times", "tl",
 ]  # fmt: skip
 
 TRITON_MISSING = ""  # why the Triton dialect cannot run here, in words; empty where it can
@@ -175,6 +175,18 @@ def psi_and_slope(x):  # type: ignore[no-untyped-def]
     psi = tl.where(x < 2.0, _psi_series_jit(x), 1.0 - phi)
     slope = tl.where(x < 2.0, _psi_series_slope_jit(x), inverse * (far - 1.0 + phi))
     return psi, slope
+
+
+def _detached(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x
+
+
+@_spoken_in_torch_as(_detached)
+@jit
+def detached(x):  # type: ignore[no-untyped-def]
+    """x, a constant where autograd differentiates the value. Kernels take the slopes that a text
+    returns: leave the derivative of x out of those as well."""
+    return x
 
 
 def _times(weight: Any, value: Any) -> Any:
