@@ -17,7 +17,7 @@ Functions: TypeAlias = Mapping[str, Callable[..., Any]]
 
 LOSSES: dict[str, Callable[..., fastpref.LossOutput]] = {
     name.removesuffix("_loss"): getattr(fastpref, name)
-    for name in fastpref.__all__
+    for name in dir(fastpref)
     if name.endswith("_loss") and name != "pair_loss"
 }
 INVERSIONS: dict[str, Callable[..., inversion.Inverted]] = {
@@ -25,19 +25,15 @@ INVERSIONS: dict[str, Callable[..., inversion.Inverted]] = {
     "renoise": inversion.renoise_inversion,
 }
 
-# Flags that the loss gets as they are, under the same name, where they are given.
+# Flags that the loss gets as they are, under the same name, where they are given: those that many
+# losses have, and, from `own_options`, those of one or two.
 OPTIONS = {
     "beta": "strength of the preference",
     "loss_type": "variant of the loss",
-    "snr": "scale of the errors inside the margin, the same for all timesteps",
-    "gamma": "smpo: sum of the smoothing exponents; simpo: the margin to win by",
-    "alpha": "dmpo: probability that a label is wrong; dpo: for --loss_type alpha",
     "label_smoothing": "probability that a label is wrong",
     "loser_weight": "factor on the loser's part of the margin",
     "sft_weight": "weight of the winner's error, beside the preference",
     "prior_weight": "weight of the loser's error, which is pulled down",
-    "budget": "what the winner may lose, in units of the margin",
-    "budget_weight": "weight of what it loses beyond",
     "huber_c": "where errors turn from quadratic to linear",
     "logit_scale": "factor on the margin",
 }
@@ -62,6 +58,27 @@ def parameters(function: Callable[..., Any]) -> dict[str, Any]:
         return defaults
     (kind,) = re.findall(r"Unpack\[(\w+)\]", known["knobs"].annotation)
     return dict.fromkeys(getattr(dispatch, kind).__annotations__) | defaults
+
+
+def described(function: Callable[..., Any], name: str) -> str:
+    """The first clause of what a function's docstring says of an argument."""
+    text = inspect.cleandoc(function.__doc__ or "")
+    found = re.search(rf"^    {name}: (.+?)[.;](?:\s|$)", text, re.MULTILINE | re.DOTALL)
+    return " ".join(found[1].split()).replace("%", "%%") if found else ""
+
+
+def own_options() -> dict[str, str]:
+    """The numbers that only some losses have, and what these say of them."""
+    found: dict[str, list[str]] = {}
+    for loss, function in LOSSES.items():
+        for name, argument in inspect.signature(function).parameters.items():
+            number = argument.kind is argument.KEYWORD_ONLY and "Scalar" in argument.annotation
+            if number and name not in OPTIONS and name != "num_train_timesteps":
+                found.setdefault(name, []).append(f"{loss}: {described(function, name)}")
+    return {name: "; ".join(texts) for name, texts in found.items()}
+
+
+OPTIONS |= own_options()
 
 
 def check_taken(
@@ -140,16 +157,17 @@ class Objective:
             self.options["num_train_timesteps"] = num_train_timesteps
         if "paired" in self.takes:  # losers are measured, and not trained on
             self.options["paired"] = True
-        self.needs_reference = "ref_pred" in self.takes
-        if args.loss == "pso":  # whose default does not compare
-            self.needs_reference = args.loss_type == "sigmoid"
         if {"prob", "delta"} & self.takes and args.score_columns is None:
             raise ValueError(f"--loss {args.loss} needs --score_columns")
         # The loss knows best which values are good: ask it with a pair of zeros, before training.
-        pair = torch.zeros(2, 1)
-        ref = pair if self.needs_reference else None
+        pair, batch = torch.zeros(2, 1), {"scores": torch.zeros(2)}
+        self.needs_reference = False
         try:
-            self(pair, pair, ref, {"scores": torch.zeros(2)}, impl="torch")
+            try:
+                self(pair, pair, None, batch, impl="torch")
+            except dispatch.MissingReference:
+                self.needs_reference = True
+                self(pair, pair, pair, batch, impl="torch")
         except (TypeError, ValueError) as error:
             raise ValueError(f"--loss {args.loss}: {error}") from error
 

@@ -51,9 +51,15 @@ class UnsmoothedKnobs(CommonKnobs, total=False):
 
 
 class OneSidedKnobs(CommonKnobs, total=False):
-    """Of losses in which loser_weight has."""
+    """Of `pso_loss`, in which loser_weight and prior_weight have."""
 
     label_smoothing: Scalar
+
+
+class SignedKnobs(OneSidedKnobs, total=False):
+    """Of `seppo_loss`, in which loser_weight has."""
+
+    prior_weight: Scalar
 
 
 class Knobs(UnsmoothedKnobs, total=False):
@@ -63,11 +69,21 @@ class Knobs(UnsmoothedKnobs, total=False):
 
 
 class OwnErrorKnobs(CoreKnobs, total=False):
-    """Of `npo_loss` and `self_npo_loss`, which swap the labels or have errors of their own."""
+    """Of `self_npo_loss`, which has errors of its own."""
 
     loser_weight: Scalar
     prior_weight: Scalar
     label_smoothing: Scalar
+    swap: bool
+
+
+class SwappedKnobs(CoreKnobs, total=False):
+    """Of `npo_loss`, which swaps the labels."""
+
+    loser_weight: Scalar
+    prior_weight: Scalar
+    label_smoothing: Scalar
+    huber_c: Scalar | None
 
 
 class LossOutput(NamedTuple):
@@ -260,8 +276,8 @@ def losses_from_errors(
         mse: (2B,) errors with the B winners' first, or a tuple of (B,) each; means or sums over
             elements, with whatever weights and masks. The loss is differentiated by them.
         ref_mse: the reference's, for links that need a reference; constants.
-        link: mapo, sft, orpo, simpo, pso_hinge, pso_sigmoid, dpo_<loss_type>, smpo, dmpo, capo,
-            seppo, budget_dpo. Diffusion-NPO is dpo_sigmoid with swap=True and beta=2000.
+        link: a name in `fastpref_kernels.LINKS`, such as mapo or dpo_<loss_type>, or a `Link`.
+            Diffusion-NPO is dpo_sigmoid with swap=True and beta=2000.
 
     All else is as in `pair_loss`. In PyTorch, on any device: (B,) numbers need no kernel of ours.
     """
@@ -308,9 +324,13 @@ def _check_options(link: str | Link, reduction: str, error_reduction: str = "mea
     return link
 
 
+class MissingReference(ValueError):
+    """The loss needs a reference, and nobody gave it one."""
+
+
 def _check_reference(link: Link, arguments: str, given: bool) -> None:
     if link.score.needs_ref and not given:
-        raise ValueError(
+        raise MissingReference(
             f"{arguments} is missing; loss {link.name!r} compares with a reference model and needs "
             "its predictions or errors"
         )

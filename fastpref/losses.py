@@ -16,7 +16,7 @@ between conventions.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ from .dispatch import (
     LossOutput,
     OneSidedKnobs,
     OwnErrorKnobs,
+    SignedKnobs,
+    SwappedKnobs,
     UnsmoothedKnobs,
     pair_loss,
 )
@@ -94,8 +96,13 @@ def dpo_loss(
 ) -> LossOutput:
     """Diffusion-DPO and its relatives: prefer the winner by more than the reference model does.
 
-    Per pair, with score_w = -beta/2 * drop_w, score_l = -beta/2 * drop_l, e = label_smoothing and
-    margin = score_w - score_l::
+    Per pair, by loss_type "sigmoid"::
+
+        loss   = softplus(-margin)
+        margin = -beta/2 * (drop_w - drop_l)
+
+    By each type, with score_w = -beta/2 * drop_w, score_l = -beta/2 * drop_l, e = label_smoothing
+    and margin = score_w - score_l::
 
         sigmoid    softplus(-margin)
         hinge      relu(1 - margin)
@@ -254,9 +261,9 @@ def dmpo_loss(
 ) -> LossOutput:
     """DMPO: the reverse KL divergence between the model's preference and the labels'.
 
-    Per pair, with p = sigmoid(margin) and q = 1 - alpha::
+    Per pair, with p = sigmoid(margin)::
 
-        loss   = p * log(p / q) + (1 - p) * log((1 - p) / (1 - q))
+        loss   = p * log(p / (1 - alpha)) + (1 - p) * log((1 - p) / alpha)
         margin = -beta/2 * (drop_w - drop_l)
 
     Args:
@@ -298,7 +305,7 @@ def capo_loss(
     Per pair::
 
         loss   = (delta - margin)^2
-        margin = -beta * w_t * (drop_w - drop_l)
+        margin = -beta * (drop_w - drop_l)
 
     Args:
         model_pred, target, ref_pred, ref_mse: as in `dpo_loss`.
@@ -306,8 +313,8 @@ def capo_loss(
             reward is a win rate, in [0, 1], against the pretrained model's samples.
         beta: no 1/2 is folded into it, means over elements. The paper's could not be read: the
             default is the strength of `dpo_loss`'s.
-        knobs: as in `pair_loss`; logit_scale takes the paper's weight of time w_t =
-            sigmoid(-lambda_t + b), lambda_t being the log signal-to-noise ratio.
+        knobs: as in `pair_loss`; logit_scale takes the factor that the paper's margin has besides,
+            a weight of time sigmoid(-lambda_t + b), lambda_t being the log signal-to-noise ratio.
 
     Source: Lee et al., "Calibrated Multi-Preference Optimization for Aligning Diffusion Models",
     arXiv:2502.02588. The abstract confirms the regression; the formula comes from second-hand
@@ -333,7 +340,7 @@ def seppo_loss(
     *,
     ref_mse: Halves | None = None,
     beta: Scalar = 2500.0,
-    **knobs: Unpack[OneSidedKnobs],
+    **knobs: Unpack[SignedKnobs],
 ) -> LossOutput:
     """SePPO: the loser is the reference's own sample, and each pair says whether to push it away.
 
@@ -375,17 +382,21 @@ def npo_loss(
     ref_mse: Halves | None = None,
     beta: Scalar = 2000.0,
     loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid",
-    **knobs: Unpack[OwnErrorKnobs],
+    **knobs: Unpack[SwappedKnobs],
 ) -> LossOutput:
     """Diffusion-NPO: train a negative model, for the other end of guidance, by swapping the labels.
 
     For data whose labels say which image is better. Diffusion-NPO's own data loader has swapped
     the labels already: behind it the loss is `dpo_loss`, and this function would swap them back.
 
-    `dpo_loss` in which the loser is the preferred one; nothing is copied for it, and knobs that
-    speak of winners (loser_weight, sft_weight) follow the swap: ``margin = -beta/2 * (drop_l -
-    drop_w)``. mse_w and mse_l in the result are the data's; the margin, and so the accuracy, grows
-    as the model learns to prefer losers.
+    Per pair, by loss_type "sigmoid"::
+
+        loss   = softplus(-margin)
+        margin = -beta/2 * (drop_l - drop_w)
+
+    This is `dpo_loss` in which the loser is the preferred one; nothing is copied for it, and knobs
+    that speak of winners (loser_weight, sft_weight) follow the swap. mse_w and mse_l in the result
+    are the data's; the margin, and so the accuracy, grows as the model learns to prefer losers.
 
     Args:
         model_pred, target, ref_pred, ref_mse, knobs: as in `dpo_loss`.
@@ -516,12 +527,15 @@ def pso_loss(
 ) -> LossOutput:
     """PSO's personalisation losses: target images against the model's own samples.
 
-    Per pair::
+    Per pair, by loss_type "hinge", which compares with no reference::
 
-        hinge    relu(1 - margin) + prior_weight * mse_l,
-                 margin = beta * (loser_weight * mse_l - mse_w)        (`pso_db`; no reference)
-        sigmoid  softplus(-margin) + prior_weight * mse_l,
-                 margin = beta * (loser_weight * drop_l - drop_w)      (`pso`; with a reference)
+        loss   = relu(1 - margin) + prior_weight * mse_l
+        margin = beta * (loser_weight * mse_l - mse_w)
+
+    and by "sigmoid", which does::
+
+        loss   = softplus(-margin) + prior_weight * mse_l
+        margin = beta * (loser_weight * drop_l - drop_w)
 
     Args:
         model_pred, target: as in `pair_loss`; winners are the target images, losers samples of the
@@ -561,10 +575,14 @@ def sft_loss(
     paired: bool | None = None,
     **knobs: Unpack[Knobs],
 ) -> LossOutput:
-    """Supervised fine-tuning, the baseline: on the winners of pairs, or on an unpaired batch.
+    """Supervised fine-tuning (SFT), the baseline: on the winners of pairs, or on an unpaired batch.
 
-    Per pair, ``loss = mse_w``, ``margin = mse_l - mse_w``: losers are measured, and not trained on.
-    Of an unpaired batch every sample is trained on, ``loss = mse``.
+    Per pair::
+
+        loss   = mse_w
+        margin = mse_l - mse_w
+
+    Losers are measured, and not trained on. Of an unpaired batch every sample is trained on.
 
     Args:
         model_pred, target: as in `pair_loss`, or an unpaired batch of (B, ...) each.
@@ -594,10 +612,11 @@ def self_npo_loss(
     """Self-NPO's regression on self-generated samples, for a negative model: `sft_loss` with
     pseudo-Huber errors.
 
-    With the error of a sample mean sqrt((model_pred - target)^2 + huber_c^2) - huber_c in place of
-    mse::
+    Per pair, with the error of a sample mean sqrt((model_pred - target)^2 + huber_c^2) - huber_c in
+    place of mse::
 
-        loss = mse_w,    margin = mse_l - mse_w
+        loss   = mse_w
+        margin = mse_l - mse_w
 
     Args:
         model_pred, target, paired: as in `sft_loss`. The model's own truncated samples are trained
@@ -650,3 +669,11 @@ def _pairs(
 
 def _given(**scalars: Scalar | None) -> dict[str, Any]:
     return {name: value for name, value in scalars.items() if value is not None}
+
+
+if not TYPE_CHECKING:  # which sees the functions themselves, and could not work this out
+    __all__ = [
+        name
+        for name, value in globals().items()
+        if not name.startswith("_") and getattr(value, "__module__", "") == __name__
+    ]

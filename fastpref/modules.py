@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from . import dispatch, losses
+from . import losses
+from .conventions import DPOLossType
+from .dispatch import (
+    Knobs,
+    LossOutput,
+    MissingReference,
+    OneSidedKnobs,
+    OwnErrorKnobs,
+    SignedKnobs,
+    SwappedKnobs,
+    UnsmoothedKnobs,
+)
+from .pairs import Halves, Scalar
 from .scalars import unexpected
+
+STEP = ("model_pred", "target", "ref_pred", "ref_mse")  # tensors that change with every step
 
 
 class PairLossModule(nn.Module):
@@ -17,99 +33,504 @@ class PairLossModule(nn.Module):
 
     ``DPOLoss(beta=2000.0)(model_pred, target, ref_pred)`` is ``dpo_loss(model_pred, target,
     ref_pred, beta=2000.0)``. Whatever is not a tensor of the step may be given at construction, and
-    again in a call, which then goes before.
+    again in a call, which then goes before. Construction refuses what every call would refuse.
     """
 
-    function: ClassVar[Callable[..., dispatch.LossOutput]]
+    function: ClassVar[Callable[..., LossOutput]]
+    knobs: ClassVar[type]  # the TypedDict of what the function takes as **knobs
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.options = options
-        known = [*inspect.signature(type(self).function).parameters][:-1]
-        known += dispatch.Knobs.__annotations__
-        if unknown := sorted(options.keys() - set(known)):
-            raise TypeError(unexpected(type(self).__name__, unknown, known))
+        known = self._known()
+        if unknown := [name for name in options if name not in known]:
+            raise TypeError(unexpected(type(self).__name__, unknown, [*known]))
+        self.options = {
+            name: value
+            for name, value in options.items()
+            if isinstance(value, Tensor) or value != known[name]
+        }
+        self._order = positional_of(type(self).function)
+        self._try()
 
-    def forward(self, *tensors: Any, **options: Any) -> dispatch.LossOutput:
-        return type(self).function(*tensors, **{**self.options, **options})
+    @classmethod
+    def _known(cls) -> dict[str, Any]:
+        """What the function takes besides the tensors of the step, with its defaults."""
+        parameters = inspect.signature(cls.function).parameters
+        own = {name: p.default for name, p in parameters.items() if name not in (*STEP, "knobs")}
+        return own | dict.fromkeys(cls.knobs.__annotations__, inspect.Parameter.empty)
+
+    def _try(self) -> None:
+        """Ask the function, with a batch of zeros, whether it takes the options."""
+        function, options = type(self).function, dict(self.options)
+        if options.get("impl") in ("auto", "triton"):  # it may run on another machine than this
+            options["impl"] = "torch"
+        if isinstance(options.get("mask"), Tensor | tuple):  # its shape is that of the step
+            del options["mask"]
+        for name in needed_of(function):
+            options.setdefault(name, 0.5)
+        flat = [
+            v for value in options.values() for v in (value if type(value) is tuple else [value])
+        ]
+        tensors = [value for value in flat if isinstance(value, Tensor)]
+        n_pairs = min((len(value) for value in tensors if value.dim()), default=1)
+        device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
+        target = torch.zeros(n_pairs, 1, device=device)
+        pred = target if options.get("paired") is False else torch.cat([target, target])
+        try:
+            function(pred, target, **options)
+        except MissingReference:
+            function(pred, target, pred, **options)
+
+    def forward(self, *tensors: Any, **options: Any) -> LossOutput:
+        again = self._order[: len(tensors)]
+        rest = {name: value for name, value in self.options.items() if name not in again}
+        return type(self).function(*tensors, **{**rest, **options})
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def positional_of(function: Callable[..., LossOutput]) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+
+def needed_of(function: Callable[..., LossOutput]) -> list[str]:
+    """Numbers without a default, which come with the step."""
+    parameters = inspect.signature(function).parameters
+    names = (name for name in positional_of(function) if name not in STEP)
+    return [name for name in names if parameters[name].default is None]
+
+
+# What follows is written by `python tests/derived.py`, from the functions in losses.py.
 
 
 class MaPOLoss(PairLossModule):
     """`mapo_loss` as a module."""
 
     function = losses.mapo_loss
+    knobs = Knobs
+
+    def __init__(
+        self,
+        *,
+        beta: Scalar = 0.1,
+        snr: Scalar = 0.5,
+        num_train_timesteps: Scalar = 1000,
+        **knobs: Unpack[Knobs],
+    ) -> None:
+        super().__init__(
+            beta=beta,
+            snr=snr,
+            num_train_timesteps=num_train_timesteps,
+            **knobs,
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            model_pred: Halves,
+            target: Halves,
+            **options: Any,
+        ) -> LossOutput: ...
 
 
 class DPOLoss(PairLossModule):
     """`dpo_loss` as a module."""
 
     function = losses.dpo_loss
+    knobs = UnsmoothedKnobs
+
+    def __init__(
+        self,
+        *,
+        beta: Scalar = 5000.0,
+        loss_type: DPOLossType = "sigmoid",
+        label_smoothing: Scalar = 0.0,
+        alpha: Scalar | None = None,
+        **knobs: Unpack[UnsmoothedKnobs],
+    ) -> None:
+        super().__init__(
+            beta=beta,
+            loss_type=loss_type,
+            label_smoothing=label_smoothing,
+            alpha=alpha,
+            **knobs,
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            model_pred: Halves,
+            target: Halves,
+            ref_pred: Halves | None = None,
+            *,
+            ref_mse: Halves | None = None,
+            **options: Any,
+        ) -> LossOutput: ...
 
 
 class SmPOLoss(PairLossModule):
     """`smpo_loss` as a module."""
 
     function = losses.smpo_loss
+    knobs = Knobs
+
+    def __init__(
+        self,
+        *,
+        prob: Scalar | None = None,
+        beta: Scalar = 5000.0,
+        gamma: Scalar = 10.0,
+        **knobs: Unpack[Knobs],
+    ) -> None:
+        super().__init__(
+            prob=prob,
+            beta=beta,
+            gamma=gamma,
+            **knobs,
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            model_pred: Halves,
+            target: Halves,
+            ref_pred: Halves | None = None,
+            prob: Scalar | None = None,
+            *,
+            ref_mse: Halves | None = None,
+            **options: Any,
+        ) -> LossOutput: ...
 
 
 class DMPOLoss(PairLossModule):
     """`dmpo_loss` as a module."""
 
     function = losses.dmpo_loss
+    knobs = Knobs
+
+    def __init__(
+        self,
+        *,
+        beta: Scalar = 6000.0,
+        alpha: Scalar = 0.01,
+        **knobs: Unpack[Knobs],
+    ) -> None:
+        super().__init__(
+            beta=beta,
+            alpha=alpha,
+            **knobs,
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            model_pred: Halves,
+            target: Halves,
+            ref_pred: Halves | None = None,
+            *,
+            ref_mse: Halves | None = None,
+            **options: Any,
+        ) -> LossOutput: ...
 
 
 class CaPOLoss(PairLossModule):
     """`capo_loss` as a module."""
 
     function = losses.capo_loss
+    knobs = Knobs
+
+    def __init__(
+        self,
+        *,
+        delta: Scalar | None = None,
+        beta: Scalar = 2500.0,
+        **knobs: Unpack[Knobs],
+    ) -> None:
+        super().__init__(
+            delta=delta,
+            beta=beta,
+            **knobs,
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            model_pred: Halves,
+            target: Halves,
+            ref_pred: Halves | None = None,
+            delta: Scalar | None = None,
+            *,
+            ref_mse: Halves | None = None,
+            **options: Any,
+        ) -> LossOutput: ...
 
 
 class SePPOLoss(PairLossModule):
     """`seppo_loss` as a module."""
 
     function = losses.seppo_loss
+    knobs = SignedKnobs
+
+    def __init__(
+        self,
+        *,
+        sign: Scalar = 1.0,
+        beta: Scalar = 2500.0,
+        **knobs: Unpack[SignedKnobs],
+    ) -> None:
+        super().__init__(
+            sign=sign,
+            beta=beta,
+            **knobs,
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            model_pred: Halves,
+            target: Halves,
+            ref_pred: Halves | None = None,
+            sign: Scalar = 1.0,
+            *,
+            ref_mse: Halves | None = None,
+            **options: Any,
+        ) -> LossOutput: ...
 
 
 class NPOLoss(PairLossModule):
     """`npo_loss` as a module."""
 
     function = losses.npo_loss
+    knobs = SwappedKnobs
+
+    def __init__(
+        self,
+        *,
+        beta: Scalar = 2000.0,
+        loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid",
+        **knobs: Unpack[SwappedKnobs],
+    ) -> None:
+        super().__init__(
+            beta=beta,
+            loss_type=loss_type,
+            **knobs,
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            model_pred: Halves,
+            target: Halves,
+            ref_pred: Halves | None = None,
+            *,
+            ref_mse: Halves | None = None,
+            **options: Any,
+        ) -> LossOutput: ...
 
 
 class BudgetDPOLoss(PairLossModule):
     """`budget_dpo_loss` as a module."""
 
     function = losses.budget_dpo_loss
+    knobs = Knobs
+
+    def __init__(
+        self,
+        *,
+        beta: Scalar = 5000.0,
+        budget: Scalar = 0.0,
+        budget_weight: Scalar = 1.0,
+        **knobs: Unpack[Knobs],
+    ) -> None:
+        super().__init__(
+            beta=beta,
+            budget=budget,
+            budget_weight=budget_weight,
+            **knobs,
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            model_pred: Halves,
+            target: Halves,
+            ref_pred: Halves | None = None,
+            *,
+            ref_mse: Halves | None = None,
+            **options: Any,
+        ) -> LossOutput: ...
 
 
 class SimPOLoss(PairLossModule):
     """`simpo_loss` as a module."""
 
     function = losses.simpo_loss
+    knobs = Knobs
+
+    def __init__(
+        self,
+        *,
+        beta: Scalar = 250.0,
+        gamma: Scalar = 0.5,
+        **knobs: Unpack[Knobs],
+    ) -> None:
+        super().__init__(
+            beta=beta,
+            gamma=gamma,
+            **knobs,
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            model_pred: Halves,
+            target: Halves,
+            **options: Any,
+        ) -> LossOutput: ...
 
 
 class ORPOLoss(PairLossModule):
     """`orpo_loss` as a module."""
 
     function = losses.orpo_loss
+    knobs = Knobs
+
+    def __init__(
+        self,
+        *,
+        beta: Scalar = 0.1,
+        **knobs: Unpack[Knobs],
+    ) -> None:
+        super().__init__(
+            beta=beta,
+            **knobs,
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            model_pred: Halves,
+            target: Halves,
+            **options: Any,
+        ) -> LossOutput: ...
 
 
 class PSOLoss(PairLossModule):
     """`pso_loss` as a module."""
 
     function = losses.pso_loss
+    knobs = OneSidedKnobs
+
+    def __init__(
+        self,
+        *,
+        beta: Scalar | None = None,
+        loss_type: Literal["hinge", "sigmoid"] = "hinge",
+        loser_weight: Scalar = 0.1,
+        prior_weight: Scalar = 0.5,
+        **knobs: Unpack[OneSidedKnobs],
+    ) -> None:
+        super().__init__(
+            beta=beta,
+            loss_type=loss_type,
+            loser_weight=loser_weight,
+            prior_weight=prior_weight,
+            **knobs,
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            model_pred: Halves,
+            target: Halves,
+            ref_pred: Halves | None = None,
+            *,
+            ref_mse: Halves | None = None,
+            **options: Any,
+        ) -> LossOutput: ...
 
 
 class SFTLoss(PairLossModule):
     """`sft_loss` as a module."""
 
     function = losses.sft_loss
+    knobs = Knobs
+
+    def __init__(
+        self,
+        *,
+        paired: bool | None = None,
+        **knobs: Unpack[Knobs],
+    ) -> None:
+        super().__init__(
+            paired=paired,
+            **knobs,
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            model_pred: Halves,
+            target: Halves,
+            **options: Any,
+        ) -> LossOutput: ...
 
 
 class SelfNPOLoss(PairLossModule):
     """`self_npo_loss` as a module."""
 
     function = losses.self_npo_loss
+    knobs = OwnErrorKnobs
+
+    def __init__(
+        self,
+        *,
+        paired: bool | None = None,
+        huber_c: Scalar | None = 0.001,
+        **knobs: Unpack[OwnErrorKnobs],
+    ) -> None:
+        super().__init__(
+            paired=paired,
+            huber_c=huber_c,
+            **knobs,
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            model_pred: Halves,
+            target: Halves,
+            **options: Any,
+        ) -> LossOutput: ...
+
+
+__all__ = [
+    "BudgetDPOLoss",
+    "CaPOLoss",
+    "DMPOLoss",
+    "DPOLoss",
+    "MaPOLoss",
+    "NPOLoss",
+    "ORPOLoss",
+    "PSOLoss",
+    "SFTLoss",
+    "SePPOLoss",
+    "SelfNPOLoss",
+    "SimPOLoss",
+    "SmPOLoss",
+]

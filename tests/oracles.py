@@ -2,13 +2,14 @@
 
 Independent of the package: nothing here imports fastpref. A loss is the score of a sample, a
 function of its error and the reference's, and the loss of a pair of scores; slopes are numerical
-derivatives of it, which at 50 digits are exact for every purpose here.
+derivatives of it, which at 50 digits are exact for every purpose here. A loss may also take
+`errors`, of winner and loser, and `held`, the scores as constants to those derivatives.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import mpmath as mp
@@ -107,7 +108,7 @@ def exo(w: Any, l: Any, label_smoothing: Any, **_: Any) -> Any:
 
 def dmpo(w: Any, l: Any, alpha: Any, **_: Any) -> Any:
     """AIDC-AI/Diffusion-SDPO train.py: alpha is EXO's smoothing."""
-    return exo(w, l, alpha)
+    return exo(w, l, alpha, **_)
 
 
 def nca(w: Any, l: Any, **_: Any) -> Any:
@@ -156,38 +157,75 @@ def _nca_terms(w: Any, l: Any) -> tuple[Any, Any]:
 
 
 class Formula(NamedTuple):
-    """terms: sizes of what the slopes by w and l are differences of, each rounded by itself."""
+    """A link, and how the tests try it."""
 
     score: Callable[..., Any]
     loss: Callable[..., Any]
     sft_weight: int = 0
     terms: Callable[[Any, Any], tuple[Any, Any]] | None = None
+    """Sizes of what the slopes by w and l are differences of, each rounded by itself."""
+    call: Mapping[str, Any] = {}
+    """Numbers for a call of its public function, one for all pairs or three."""
+    given: Mapping[str, float] = {}
+    """Hyper-parameters without a default, wherever the link is tried at many errors."""
+    also: Sequence[Mapping[str, float]] = ()
+    """Hyper-parameters at which it is tried besides its defaults and a small and a large beta."""
+    differences: bool = False
+    """Slopes are differences, or pass through 0: small ones are right next to large ones only."""
+    unbounded: bool = False
+    """The loss of an infinite error of the loser is infinite."""
+    detached: bool = False
+    """A factor is held constant: slopes are not those of the value."""
 
 
+SMOOTHED = {"label_smoothing": 0.1}
 FORMULAS: dict[str, Formula] = {
-    "mapo": Formula(mapo_score, beta_sigmoid, 1),
+    "mapo": Formula(
+        mapo_score, beta_sigmoid, 1,
+        call={"beta": 0.2, "snr": 0.6, "num_train_timesteps": 900.0},
+        also=[{"snr": 1.0, "num_train_timesteps": 50.0}],
+    ),
     "sft": Formula(error_score, nothing, 1),
-    "orpo": Formula(error_score, beta_sigmoid, 1),
-    "simpo": Formula(simpo_score, simpo),
+    "orpo": Formula(error_score, beta_sigmoid, 1, call={"beta": 0.3}),
+    "simpo": Formula(
+        simpo_score, simpo, call={"beta": 30.0, "gamma": 0.3}, also=[{"gamma": 0.0}]
+    ),
     "pso_hinge": Formula(simpo_score, hinge),
     "pso_sigmoid": Formula(whole_score, sigmoid),
     "dpo_sigmoid": Formula(dpo_score, sigmoid),
     "dpo_hinge": Formula(dpo_score, hinge),
-    "dpo_ipo": Formula(raw_score, ipo),
-    "dpo_robust": Formula(dpo_score, robust),
-    "dpo_exo_pair": Formula(dpo_score, exo),
-    "dpo_nca_pair": Formula(dpo_score, nca, terms=_nca_terms),
+    "dpo_ipo": Formula(raw_score, ipo, differences=True, unbounded=True),
+    "dpo_robust": Formula(
+        dpo_score, robust, call=SMOOTHED, also=[SMOOTHED, {"label_smoothing": 0.45}]
+    ),
+    "dpo_exo_pair": Formula(
+        dpo_score, exo, call=SMOOTHED, given={"label_smoothing": 0.01}, differences=True,
+        also=[{"label_smoothing": 1e-6}, {"label_smoothing": 0.4}],
+    ),
+    "dpo_nca_pair": Formula(dpo_score, nca, terms=_nca_terms, differences=True),
     "dpo_bco_pair": Formula(dpo_score, bco),
-    "dpo_sppo_hard": Formula(raw_score, sppo),
+    "dpo_sppo_hard": Formula(raw_score, sppo, differences=True, unbounded=True),
     "dpo_apo_zero": Formula(dpo_score, apo_zero),
-    "dpo_apo_down": Formula(dpo_score, apo_down, terms=_apo_down_terms),
-    "dpo_alpha": Formula(dpo_score, alpha_dpo),
-    "budget_dpo": Formula(dpo_score, budget_dpo),
-    "dmpo": Formula(dpo_score, dmpo),
-    "smpo": Formula(smpo_score, sigmoid),
+    "dpo_apo_down": Formula(dpo_score, apo_down, terms=_apo_down_terms, differences=True),
+    "dpo_alpha": Formula(
+        dpo_score, alpha_dpo, call={"alpha": 0.6},
+        also=[{"alpha": 0.5}, {"alpha": 1.0}, {"alpha": 1.5}],
+    ),
+    "budget_dpo": Formula(
+        dpo_score, budget_dpo, call={"beta": 700.0, "budget": 0.01, "budget_weight": 2.0},
+        also=[{"budget": 0.7, "budget_weight": 3.0}],
+    ),
+    "dmpo": Formula(dpo_score, dmpo, call={"beta": 900.0, "alpha": 0.02}, differences=True),
+    "smpo": Formula(
+        smpo_score, sigmoid, call={"beta": 400.0, "gamma": 5.0, "prob": (0.9, 0.5, 0.3)},
+        given={"prob": 0.73}, also=[{"prob": 0.5}, {"prob": 0.1, "beta": 2e4}, {"prob": 1.0}],
+    ),
     "seppo": Formula(whole_score, sigmoid),
-    "capo": Formula(whole_score, capo),
-}
+    "capo": Formula(
+        whole_score, capo, call={"beta": 300.0, "delta": (0.2, 0.6, -0.1)}, given={"delta": 0.4},
+        differences=True, unbounded=True,
+    ),
+}  # fmt: skip
 
 
 class Errors(NamedTuple):
@@ -199,8 +237,11 @@ class Errors(NamedTuple):
     ref_l: Any = 0.0
 
 
-def values(name: str, errors: Errors, numbers: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    """(loss, score_w, score_l); `numbers` are hyper-parameters and knobs by name."""
+def values(
+    name: str, errors: Errors, numbers: Mapping[str, Any], held: tuple[Any, Any] | None = None
+) -> tuple[Any, Any, Any]:
+    """(loss, score_w, score_l); `numbers` are hyper-parameters and knobs by name. held: scores from
+    elsewhere, for what is constant while the errors move."""
     formula = FORMULAS[name]
     given = {key: mp.mpf(float(value)) for key, value in numbers.items()}
     scale, loser = given.pop("logit_scale", 1), given.pop("loser_weight", 1)
@@ -210,8 +251,14 @@ def values(name: str, errors: Errors, numbers: Mapping[str, Any]) -> tuple[Any, 
     mixed = 0 if formula.loss in (robust, exo) else given.pop("label_smoothing", 0)
     score_w = scale * formula.score(of_w * errors.w, of_w * errors.ref_w, **given)
     score_l = scale * loser * formula.score(of_l * errors.l, of_l * errors.ref_l, **given)
-    loss = (1 - mixed) * formula.loss(score_w, score_l, **given)
-    loss += mixed * formula.loss(score_l, score_w, **given) if mixed else 0
+    two = {
+        "errors": (scale * of_w * errors.w, scale * loser * of_l * errors.l),
+        "held": held or (score_w, score_l),
+    }
+    loss = (1 - mixed) * formula.loss(score_w, score_l, **two, **given)
+    if mixed:
+        swapped = {key: value[::-1] for key, value in two.items()}
+        loss += mixed * formula.loss(score_l, score_w, **swapped, **given)
     loss += sft * of_w * errors.w + prior * of_l * errors.l
     return weight * loss, score_w, score_l
 
@@ -239,7 +286,7 @@ def _pair(name: str, errors: Errors, numbers: tuple[tuple[str, float], ...]) -> 
 
     def loss(by_w: Any, by_l: Any) -> Any:
         moved = errors._replace(w=mp.mpf(errors.w) + by_w, l=mp.mpf(errors.l) + by_l)
-        return values(name, moved, known)[0]
+        return values(name, moved, known, (score_w, score_l))[0]
 
     here, score_w, score_l = values(name, Errors(*map(mp.mpf, errors)), known)
     slope_w = ((here - loss(-_STEP, 0)) / _STEP, (loss(_STEP, 0) - here) / _STEP)

@@ -249,7 +249,7 @@ def test_messages_of_what_takes_errors_and_scores() -> None:
 
 def test_modules_refuse_what_their_loss_does_not_take() -> None:
     with pytest.raises(TypeError, match="DPOLoss got unexpected argument snr; it accepts"):
-        fastpref.DPOLoss(snr=0.5)
+        fastpref.DPOLoss(snr=0.5)  # type: ignore[call-arg]
 
 
 def test_unknown_links_and_hyperparameters() -> None:

@@ -24,30 +24,20 @@ from fastpref_kernels import KNOBS, LINKS, Link
 from fastpref_kernels.knobs import pair_losses, pair_losses_jit
 
 FP32, FP64 = torch.float32, torch.float64
-BETAS = [{}, {"beta": 1e-3}, {"beta": 2e4}]
-HYPER: dict[str, list[dict[str, float]]] = {
-    "mapo": [*BETAS, {"snr": 1.0, "num_train_timesteps": 50.0}],
-    "sft": [{}],
-    "simpo": [*BETAS, {"gamma": 0.0}],
-    "dpo_robust": [*BETAS, {"label_smoothing": 0.1}, {"label_smoothing": 0.45}],
-    "dpo_exo_pair": [
-        *({"label_smoothing": 0.01, **beta} for beta in BETAS),
-        {"label_smoothing": 1e-6},
-        {"label_smoothing": 0.4},
-    ],
-    "dpo_alpha": [*BETAS, {"alpha": 0.5}, {"alpha": 1.0}, {"alpha": 1.5}],
-    "budget_dpo": [*BETAS, {"budget": 0.7, "budget_weight": 3.0}],
-    "smpo": [{"prob": 0.73}, {"prob": 0.5}, {"prob": 0.1, "beta": 2e4}, {"prob": 1.0}],
-    "capo": [{"delta": 0.4, **beta} for beta in BETAS],
-}
-HYPER |= {link: BETAS for link in LINKS if link not in HYPER}
-CASES = [(link, hyper) for link in LINKS for hyper in HYPER[link]]
-# Their slopes are differences, or pass through 0, so that small ones are right only next to large
-# ones; those of all others are right relative to themselves, down to 1e-20.
-DIFFERENCES = (
-    "dpo_nca_pair", "dpo_apo_down", "dpo_ipo", "dpo_sppo_hard", "capo", "dmpo", "dpo_exo_pair",
-)  # fmt: skip
-UNBOUNDED = ("dpo_ipo", "dpo_sppo_hard", "capo")  # in the loser's error
+BETAS: list[dict[str, float]] = [{}, {"beta": 1e-3}, {"beta": 2e4}]
+
+
+def tried(link: str) -> list[dict[str, float]]:
+    """Hyper-parameters, besides a link's defaults."""
+    formula = oracles.FORMULAS[link]
+    each = [*(BETAS if "beta" in LINKS[link].hyper else [{}]), *formula.also]
+    return [{**formula.given, **hyper} for hyper in each]
+
+
+CASES = [(link, hyper) for link in LINKS for hyper in tried(link)]
+# All slopes but those that are differences are right relative to themselves, down to 1e-20.
+DIFFERENCES = [link for link in LINKS if oracles.FORMULAS[link].differences]
+UNBOUNDED = [link for link in LINKS if oracles.FORMULAS[link].unbounded]  # in the loser's error
 ERRORS = [0.0, *(10.0**k for k in range(-8, 5)), 0.5, 2.0, 3.99, 4.01, 30.0, 170.0, 178.0, 250.0]
 FEWER = [0.0, 1e-8, 1e-5, 1e-3, 0.1, 1.0, 30.0, 1e4]
 

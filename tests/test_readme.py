@@ -41,7 +41,7 @@ NAMES: dict[str, Any] = {
     "log": torch.log,
     "phi": lambda x: x / torch.expm1(x),
 }
-LOSSES = [name for name in fastpref.__all__ if name.endswith("_loss") and name != "pair_loss"]
+LOSSES = [name for name in dir(fastpref) if name.endswith("_loss") and name != "pair_loss"]
 
 
 def evaluated(text: str, **names: Any) -> float:

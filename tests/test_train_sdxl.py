@@ -4,6 +4,7 @@ explains."""
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import math
 import os
@@ -33,9 +34,12 @@ from small_run import SCORES, Train, argv, assert_same_weights, unet_of
 from tiny_sdxl import tiny_sdxl
 
 # What a loss cannot do without.
-NEEDED: dict[str, dict[str, Any]] = {"smpo": SCORES, "capo": SCORES}
+TAKES = {loss: {*inspect.signature(function).parameters} for loss, function in LOSSES.items()}
+NEEDED: dict[str, dict[str, Any]] = {
+    loss: SCORES for loss, takes in TAKES.items() if takes & {"prob", "delta"}
+}
 COLUMN_FLAGS = ("score_columns", "sign_column")
-REFERENCED = {"dpo", "smpo", "dmpo", "capo", "seppo", "npo", "budget_dpo"}
+REFERENCED = {loss for loss, takes in TAKES.items() if "ref_pred" in takes} - {"pso"}  # by default
 
 
 @pytest.mark.parametrize("model", ["epsilon", "v_prediction"])
@@ -207,7 +211,7 @@ def test_a_loss_gets_the_flags_and_the_columns(
     options |= {k: torch.tensor(v) for k, v in expected.items()}
     if loss in REFERENCED:
         options["ref_pred"] = ref
-    if loss in ("sft", "self_npo"):
+    if "paired" in TAKES[loss]:
         options["paired"] = True
     wanted = getattr(fastpref, f"{loss}_loss")(pred, target, **options)
     torch.testing.assert_close(out, wanted)

@@ -99,8 +99,8 @@ def pair_losses_jit(  # type: ignore[no-untyped-def]
         if len(of_w) == 3:
             second_w = times(scale, of_w[2])
             second_l = times(loser, times(scale, of_l[2]))
-            seconds = (second_w, second_l)
-            swapped = (second_l, second_w)
+            seconds = (second_w, second_l)  # type: ignore[assignment]
+            swapped = (second_l, second_w)  # type: ignore[assignment]
         loss, slope_w, slope_l = SHAPE(score_w, score_l, *seconds, *of_shape)
         other, other_l, other_w = SHAPE(score_l, score_w, *swapped, *of_shape)
         loss = (1.0 - smoothing) * loss + times(smoothing, other)

@@ -4,8 +4,7 @@ is also run on tensors (see `special.in_torch`).
 A link is a *score* and a *shape*. The score says how good a sample is from its error `err` and,
 where there is a reference model, `gap` = err - the reference's error; the shape makes the loss of
 the pair from the scores of winner and loser, whose difference is the margin (> 0: the winner is
-preferred). To add a loss: write what it needs of both, enter it in `LINKS`, publish a function in
-`fastpref/losses.py`, and write its published formula down in `tests/oracles.py`.
+preferred). CONTRIBUTING.md says how to add a loss.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -17,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 from .special import (
-    detached,
     in_torch,
     jit,
     log1p,
@@ -80,8 +78,10 @@ class Score(_Text):
     takes; a gap moves as its error does, the reference being a constant. weight: the factor among
     the hyper-parameters that switches a pair off where it is 0.
 
-    A score of the gap may return (score, slope, second), a second score with the same slope but of
-    the error, which takes_both says. Its shape is (score_w, score_l, second_w, second_l, *hyper)."""
+    takes_both: it returns (score, slope, moved), the score of the gap and `moved` of the error, and
+    its shape takes (score_w, score_l, moved_w, moved_l, *hyper). That is for losses whose weight
+    is a constant that depends on the scores: all slopes are by the error alone.
+    """
 
     needs_ref: bool = False
     takes_both: bool = False
@@ -222,11 +222,6 @@ def _beta_gap(err, gap, beta):
 
 
 @jit
-def _gap_and_error(err, gap):
-    return -gap, -1.0, -err
-
-
-@jit
 def _half_beta_gap(err, gap, beta):
     return -0.5 * beta * gap, -0.5 * beta
 
@@ -248,7 +243,6 @@ ERROR = Score(_error)
 BETA_ERROR = Score(_beta_error, BETA)
 MAPO = Score(_mapo, {"snr": Hyper(0.5), "num_train_timesteps": Hyper(1000.0)})
 GAP = Score(_gap, needs_ref=True)
-GAP_AND_ERROR = Score(_gap_and_error, needs_ref=True, takes_both=True)
 BETA_GAP = Score(_beta_gap, BETA, needs_ref=True)
 HALF_BETA_GAP = Score(_half_beta_gap, BETA, needs_ref=True)
 SMOOTHED_GAP = Score(
