@@ -11,6 +11,7 @@ if (_kernels / "fastpref_kernels").is_dir() and str(_kernels) not in _sys.path:
 from fastpref_kernels import register_link as register_link  # noqa: E402
 
 from . import inversion as inversion  # noqa: E402
+from . import links as links  # noqa: E402
 from . import losses as _losses  # noqa: E402
 from . import modules as _modules  # noqa: E402
 from .conventions import CONVENTIONS as CONVENTIONS  # noqa: E402
@@ -27,7 +28,7 @@ if not _typing.TYPE_CHECKING:  # checkers see the imports, and could not work th
     __all__ = sorted(
         {
             *("CONVENTIONS", "Health", "LossOutput", "convert_beta", "health", "inversion"),
-            *("losses_from_errors", "pair_loss", "register_link"),
+            *("links", "losses_from_errors", "pair_loss", "register_link"),
             *_losses.__all__,
             *_modules.__all__,
         }

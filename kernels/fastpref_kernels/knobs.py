@@ -52,8 +52,6 @@ def live(link: Link, scalars: Sequence[Any]) -> Live:
     gap_w, gap_l = w & compared, l & compared & loser
     if link.score.needs_ref and not link.score.takes_both:
         return Live(w & sft, l & prior, gap_w, gap_l)
-    if link.score.needs_ref:
-        return Live(gap_w | (w & sft), gap_l | (l & prior), gap_w, gap_l)
     return Live(gap_w | (w & sft), gap_l | (l & prior), False, False)
 
 

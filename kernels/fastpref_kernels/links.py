@@ -84,8 +84,8 @@ class Score(_Text):
     """
 
     needs_ref: bool = False
-    takes_both: bool = False
     weight: Callable[..., Any] = lambda *hyper: 1.0
+    takes_both: bool = False
 
 
 class Shape(_Text):
