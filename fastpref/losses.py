@@ -461,6 +461,50 @@ def budget_dpo_loss(
     )
 
 
+def linear_dpo_loss(
+    model_pred: Halves,
+    target: Halves,
+    ref_pred: Halves | None = None,
+    *,
+    ref_mse: Halves | None = None,
+    beta: Scalar = 500.0,
+    eta: Scalar = 0.0,
+    **knobs: Unpack[Knobs],
+) -> LossOutput:
+    """Linear-DPO: the difference of the errors, by a weight that falls as the pair is won.
+
+    Per pair, with the weight, min(max(...)), held constant in the gradient::
+
+        loss   = min(max(0.5 - 0.4 * margin, eta), 1 - eta) * (mse_w - mse_l)
+        margin = -beta/2 * (drop_w - drop_l)
+
+    Args:
+        model_pred, target, ref_pred, ref_mse: as in `dpo_loss`. The paper's reference is a moving
+            average of the model.
+        beta: 500 for SDXL and 100 for SD1.5 in the official scripts; with the 1/2 in the margin,
+            over means. The code has the same weight as 0.5 + 0.2 * beta * (drop_w - drop_l).
+        eta: the least weight, in [0, 0.5]: 0 for SDXL and 0.001 for SD1.5 in the scripts. At 0 a
+            pair gets no gradient once its margin is 1.25; above, such a pair's loss has no bound.
+        knobs: as in `pair_loss`; logit_scale and loser_weight multiply the errors with the scores.
+
+    The loss is negative where the winner's error is the smaller one; its value says little, so
+    watch the margin.
+
+    Source: arXiv:2605.21123, and train_sd_dpo.py of github.com/WhynotChen0105/Linear-DPO, lines
+    1158-1170. That the paper states what its code does was not verified.
+    """
+    return pair_loss(
+        model_pred,
+        target,
+        ref_pred,
+        ref_mse=ref_mse,
+        link="linear_dpo",
+        beta=beta,
+        eta=eta,
+        **knobs,
+    )
+
+
 def simpo_loss(
     model_pred: Halves,
     target: Halves,

@@ -371,6 +371,38 @@ class BudgetDPOLoss(PairLossModule):
         ) -> LossOutput: ...
 
 
+class LinearDPOLoss(PairLossModule):
+    """`linear_dpo_loss` as a module."""
+
+    function = losses.linear_dpo_loss
+    knobs = Knobs
+
+    def __init__(
+        self,
+        *,
+        beta: Scalar = 500.0,
+        eta: Scalar = 0.0,
+        **knobs: Unpack[Knobs],
+    ) -> None:
+        super().__init__(
+            beta=beta,
+            eta=eta,
+            **knobs,
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            model_pred: Halves,
+            target: Halves,
+            ref_pred: Halves | None = None,
+            *,
+            ref_mse: Halves | None = None,
+            **options: Any,
+        ) -> LossOutput: ...
+
+
 class SimPOLoss(PairLossModule):
     """`simpo_loss` as a module."""
 
@@ -524,6 +556,7 @@ __all__ = [
     "CaPOLoss",
     "DMPOLoss",
     "DPOLoss",
+    "LinearDPOLoss",
     "MaPOLoss",
     "NPOLoss",
     "ORPOLoss",

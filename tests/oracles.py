@@ -147,6 +147,13 @@ def budget_dpo(w: Any, l: Any, budget: Any, budget_weight: Any, **_: Any) -> Any
     return -_log_sigmoid(w - l) + budget_weight * max(mp.mpf(0), -w - budget)
 
 
+def linear_dpo(w: Any, l: Any, eta: Any, held: Any, errors: Any, **_: Any) -> Any:
+    """WhynotChen0105/Linear-DPO train_sd_dpo.py: clamp(.2 * beta * D + .5, eta, 1 - eta) detached,
+    times the difference of the errors; beta * D is -2 times the margin."""
+    ratio = min(max((held[1] - held[0]) * 2 / 5 + mp.mpf(1) / 2, eta), 1 - eta)
+    return ratio * (errors[0] - errors[1])
+
+
 def _apo_down_terms(w: Any, l: Any) -> tuple[Any, Any]:
     of_w, of_margin = (_sigmoid(x) * _sigmoid(-x) for x in (w, w - l))
     return of_w + of_margin, of_margin
@@ -210,6 +217,10 @@ FORMULAS: dict[str, Formula] = {
     "dpo_alpha": Formula(
         dpo_score, alpha_dpo, call={"alpha": 0.6},
         also=[{"alpha": 0.5}, {"alpha": 1.0}, {"alpha": 1.5}],
+    ),
+    "linear_dpo": Formula(
+        dpo_score, linear_dpo, call={"beta": 300.0, "eta": 0.05}, also=[{"eta": 0.01}],
+        detached=True,
     ),
     "budget_dpo": Formula(
         dpo_score, budget_dpo, call={"beta": 700.0, "budget": 0.01, "budget_weight": 2.0},

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import pickle
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 import derived
 import fastpref
 from fastpref import modules
+from fastpref_kernels import LINKS
 
 PUBLIC: list[str] = vars(fastpref)["__all__"]  # which type checkers do not see
 MODULES = {name: getattr(fastpref, derived.class_name(name)) for name in derived.LOSSES}
@@ -37,7 +41,7 @@ def test_everything_public_is_exported() -> None:
     assert [name for name in derived.LOSSES if name not in changelog] == []
 
 
-def test_a_checker_sees_what_is_exported(tmp_path: Any) -> None:
+def test_a_checker_sees_what_is_exported(tmp_path: Path) -> None:
     """`__all__` is worked out at run time; mypy must see the same names, and their types."""
     api = pytest.importorskip("mypy.api")
     names = [name for name in PUBLIC if name != "inversion"]
@@ -116,6 +120,35 @@ def test_tensors_at_construction() -> None:
     assert unpaired(pred, target).mse_w.shape == (6,)
     assert fastpref.DPOLoss(sample_weight=(torch.ones(3), 2.0))(pred, target, ref).loss.isfinite()
     assert fastpref.DPOLoss(mask=(torch.ones(3, 5), torch.ones(3, 5))).options
+
+
+def test_the_guide_to_a_loss_outside_is_code_that_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """As a file, because Triton reads the source of what it compiles."""
+    guide = (derived.ROOT / "CONTRIBUTING.md").read_text()
+    (code,) = (c for c in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "import" in c)
+    path = tmp_path / "from_the_guide.py"
+    path.write_text(code)
+    monkeypatch.setitem(LINKS, "exponential", LINKS["mapo"])  # which undoes what follows
+    generator = torch.Generator().manual_seed(0)
+    pred, target, ref = (0.1 * torch.randn(3, 6, 5, generator=generator)).to(device)
+    mse, ref_mse = ((x - target).square().mean(1) for x in (pred, ref))
+    spec = importlib.util.spec_from_file_location("from_the_guide", path)
+    assert spec
+    assert spec.loader
+    module: Any = importlib.util.module_from_spec(spec)
+    vars(module).update(model_pred=pred, target=target, ref_pred=ref, mse=mse, ref_mse=ref_mse)
+    spec.loader.exec_module(module)
+    margin = -100.0 * (mse - ref_mse)[:3] + 100.0 * (mse - ref_mse)[3:]
+    torch.testing.assert_close(module.out.loss, torch.exp(-margin).mean(), rtol=1e-4, atol=0)
+    assert module.out.loss.isfinite()
+    for impl in ("triton", "torch"):
+        out = fastpref.pair_loss(
+            pred, target, ref, link="exponential", rate=0.02, beta=20.0, impl=impl
+        )
+        wanted = torch.exp(-0.002 * margin).mean()
+        torch.testing.assert_close(out.loss, wanted, rtol=1e-4, atol=0)
 
 
 X = torch.zeros(6, 5)

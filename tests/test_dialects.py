@@ -152,6 +152,12 @@ TIES: dict[str, tuple[str, dict[str, Any], tuple[float, ...], tuple[float, float
     "budget beyond": (
         "budget_dpo", {"beta": 2.0, "budget": 0.5, "budget_weight": 8.0}, (2, 2, 1, 1),
         (8.5, -0.5)),
+    "linear at a tie": ("linear_dpo", {"beta": 8.0, "eta": 0.125}, (1, 1, 1, 1), (0.5, -0.5)),
+    "linear at its least": (
+        "linear_dpo", {"beta": 8.0, "eta": 0.125}, (1, 1, 2, 1), (0.125, -0.125)),
+    "linear at its most": (
+        "linear_dpo", {"beta": 8.0, "eta": 0.125}, (2, 1, 1, 1), (0.875, -0.875)),
+    "linear won": ("linear_dpo", {"beta": 8.0}, (1, 1, 2, 1), (0.0, 0.0)),
     "ipo at its aim": ("dpo_ipo", {"beta": 0.5}, (1, 1, 2, 1), (0.0, 0.0)),
     "capo at its aim": ("capo", {"beta": 1.0, "delta": 1.0}, (1, 1, 2, 1), (0.0, 0.0)),
     "robust at a tie": (

@@ -231,6 +231,8 @@ def assert_true(
         bad = told & ~((least - allowed <= slope) & (slope <= most + allowed))
         assert not bad.any(), f"{name} {slope[bad]} at {errors[:, bad]}: {wanted[:, bad]}"
     rounding = unit * (1e-5 * abs(truth.loss) + 1e-6) + 3 * slack * (1 + abs(truth.loss))
+    if LINKS[link].score.takes_both:  # a difference of errors that are held to 6e-8 each
+        rounding += unit * 2.0**-24 * (errors[0] + errors[1]).double().numpy()
     bad = told & ~(abs(loss - truth.loss) <= rounding)
     assert not bad.any(), f"loss {loss[bad]} at {errors[:, bad]}: {truth.loss[bad]}"
 
@@ -375,7 +377,7 @@ def test_nan_comes_out_as_nan(link: str, dialect: str, device: torch.device) -> 
         assert np.isfinite(got[:, [0, 2, 3, 5]]).all()
 
 
-@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("link", [link for link in LINKS if not oracles.FORMULAS[link].detached])
 def test_second_derivatives_of_the_value(link: str) -> None:
     """By finite differences of the first ones; with knobs, too."""
     errors = [(0.3 * torch.rand(3, dtype=FP64)).requires_grad_() for _ in range(4)]

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 from .special import (
+    detached,
     in_torch,
     jit,
     log1p,
@@ -233,6 +234,11 @@ def _mapo(err, gap, snr, num_train_timesteps):
 
 
 @jit
+def _beside_error(err, gap, beta):
+    return -0.5 * beta * gap, -1.0, -err
+
+
+@jit
 def _smoothed_gap(err, gap, beta, gamma, prob):
     scale = -0.5 * beta * gamma * (2.0 * prob - 1.0)
     return times(scale, gap), scale
@@ -245,6 +251,7 @@ MAPO = Score(_mapo, {"snr": Hyper(0.5), "num_train_timesteps": Hyper(1000.0)})
 GAP = Score(_gap, needs_ref=True)
 BETA_GAP = Score(_beta_gap, BETA, needs_ref=True)
 HALF_BETA_GAP = Score(_half_beta_gap, BETA, needs_ref=True)
+BESIDE_ERROR = Score(_beside_error, BETA, needs_ref=True, takes_both=True)
 SMOOTHED_GAP = Score(
     _smoothed_gap,
     BETA | {"gamma": Hyper(10.0), "prob": Hyper(None, UNIT)},
@@ -374,6 +381,14 @@ def _budget(w, l, budget, budget_weight):
     return loss + times(budget_weight, over), -factor - slope, factor
 
 
+@jit
+def _linear(w, l, moved_w, moved_l, eta):
+    ratio = 0.5 - 0.4 * (w - l)
+    ratio = tl.where(ratio < eta, eta, tl.where(ratio > 1.0 - eta, 1.0 - eta, ratio))
+    ratio = detached(ratio)
+    return times(ratio, moved_l - moved_w), -ratio, ratio
+
+
 NOTHING = Shape(_nothing)
 LOG_SIGMOID = Shape(_log_sigmoid)
 BETA_LOG_SIGMOID = Shape(_beta_log_sigmoid, {"beta": Hyper(0.1)})
@@ -394,6 +409,7 @@ BUDGET = Shape(
     _budget,
     {"budget": Hyper(0.0, NOT_NEGATIVE), "budget_weight": Hyper(1.0, NOT_NEGATIVE)},
 )
+LINEAR = Shape(_linear, {"eta": Hyper(0.0, Interval(0.0, 0.5, True, True))})
 
 PSO = {"loser_weight": 0.1, "prior_weight": 0.5}
 
@@ -415,6 +431,7 @@ _LINKS = {
     "dpo_apo_zero": link(HALF_BETA_GAP, APO_ZERO),
     "dpo_apo_down": link(HALF_BETA_GAP, APO_DOWN),
     "dpo_alpha": link(HALF_BETA_GAP, ALPHA),
+    "linear_dpo": link(BESIDE_ERROR, LINEAR, beta=500.0),
     "budget_dpo": link(HALF_BETA_GAP, BUDGET),
     "dmpo": link(HALF_BETA_GAP, DMPO, beta=6000.0),
     "smpo": link(SMOOTHED_GAP, LOG_SIGMOID),
