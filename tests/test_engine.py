@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastpref_kernels import launch
+from fastpref_kernels.knobs import Around
 from fastpref_kernels.links import First, Group, Hyper
 from fastpref_kernels.special import sigmoids, softplus_and_slope
 
@@ -289,32 +290,24 @@ def shared_prediction() -> Case:
 
 
 @triton.jit
-def _dpo_loss(sums, scalars, active):
-    value, _ = softplus_and_slope(scalars[0] * (sums[0][1] - sums[1][1]))
-    return value / scalars[1]
-
-
-@triton.jit
-def _robust(sums, cross, scalars, batch, active):
-    beta, heat, n = scalars
-    value, slope = softplus_and_slope(beta * (sums[0][1] - sums[1][1]))
-    share = n * beta * slope * tl.exp(value / heat - batch)
-    return heat * (batch - tl.log(n)), ((share,), (-share,)), value
+def _dpo(sums, cross, scalars, batch, active):
+    value, slope = softplus_and_slope(scalars[0] * (sums[0][1] - sums[1][1]))
+    slope = scalars[0] * slope
+    return value, ((slope,), (-slope,)), value
 
 
 def robust() -> Case:
     beta, heat, n = 6.0, 0.4, 6
+    share = torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0, 0.3])
 
     def formula(of: Tensors, p: Tensor) -> tuple[Tensor, Tensor]:
         gap_w, gap_l = (mean((p - of.t).square()) - mean((of.r - of.t).square())).chunk(2)
         each = F.softplus(beta * (gap_w - gap_l))
-        return heat * torch.log(torch.exp(each / heat).mean()), each
+        return heat * torch.log(torch.exp(share.double() * each / heat).mean()), each
 
-    hyper = {"beta": HYPER, "heat": HYPER, "n": HYPER}
-    link = Group(
-        _robust, hyper, members=2, listed=False, first=First(_dpo_loss), log_sum_exp=True
-    )  # fmt: skip
-    return Case(link, [beta, heat, float(n)], draw(2 * n, 8), formula, ref=True)
+    link = Group(_dpo, {"beta": HYPER}, members=2, listed=False)
+    more = launch.More(around=Around(weight=share, heat=heat))
+    return Case(link, [beta], draw(2 * n, 8), formula, ref=True, more=more)
 
 
 CASES = [nft, clipped_ratio, kto, ranked, dspo, guarded, shared_prediction, robust]
@@ -330,6 +323,7 @@ def launched(
         base=(given.x, None) if case.base else launch.ABSENT,
         lengths=None if case.more.lengths is None else case.more.lengths.to(device),
         affine=tuple(moved(each, device) for each in case.more.affine),
+        around=Around(None, *[moved(each, device) for each in case.more.around[1:]]),
     )
     ref: launch.Operand = (given.r, None) if case.ref else launch.ABSENT
     scalars = [moved(each, device) for each in case.scalars]
@@ -378,5 +372,5 @@ def test_a_link_on_other_sums_and_groups(
     )  # fmt: skip
 
 
-def moved(scalar: float | Tensor, device: torch.device) -> float | Tensor:
+def moved(scalar: Any, device: torch.device) -> Any:
     return scalar.to(device) if isinstance(scalar, Tensor) else scalar

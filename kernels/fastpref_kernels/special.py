@@ -68,6 +68,8 @@ class _InTorch:
     def abs(x: Any) -> Any:
         return abs(x)
 
+    static_range = range
+
     @staticmethod
     def zeros_like(x: Any) -> Any:
         return torch.zeros_like(x) if isinstance(x, Tensor) else 0.0
