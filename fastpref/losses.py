@@ -278,7 +278,8 @@ def capo_loss(
     Args:
         model_pred, target, ref_pred, ref_mse: as in `dpo_loss`.
         delta: the winner's calibrated reward less the loser's, (B,) or one for all. A calibrated
-            reward is a win rate, in [0, 1], against the pretrained model's samples.
+            reward is a win rate, in [0, 1], against the pretrained model's samples;
+            `fastpref.preferences` makes it of rewards, and chooses pairs.
         beta: no 1/2 is folded into it, means over elements. The paper's could not be read: the
             default is the strength of `dpo_loss`'s.
         knobs: as in `pair_loss`; logit_scale takes the factor that the paper's margin has besides,
