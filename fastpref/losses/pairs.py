@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -221,38 +220,6 @@ def smpo_loss(
     )
 
 
-def smoothed_preference(
-    score_w: Tensor,
-    score_l: Tensor,
-    *,
-    low: float = 0.11543526500463486,
-    high: float = 0.28201571106910706,
-) -> Tensor:
-    """SmPO's probability that the winner is the better image, (B,) fp32, from two reward scores.
-
-    ``prob = sigmoid((score_w - score_l) / (high - low))``: the softmax of both scores after low and
-    high, the reward's range over the data set, became 0 and 1.
-
-    Args:
-        score_w, score_l: (B,) scores of winners and losers, of any dtype.
-        low, high: the range; the defaults are the official code's, PickScore's on Pick-a-Pic. A
-            difference of the whole range gives 0.73: probabilities stay soft.
-
-    Raises: TypeError, ValueError. Source: as in `smpo_loss`; train.py, lines 739-747.
-    """
-    for name, score in (("score_w", score_w), ("score_l", score_l)):
-        if not isinstance(score, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got a {type(score).__name__}")
-    if score_w.dim() != 1 or score_w.shape != score_l.shape:
-        raise ValueError(
-            f"score_w has shape {tuple(score_w.shape)} and score_l {tuple(score_l.shape)}; "
-            "expected one score per pair, (B,), in both"
-        )
-    if not high > low:
-        raise ValueError(f"high is {high} and low is {low}; expected high above low")
-    return torch.sigmoid((score_w.float() - score_l.float()) / (high - low))
-
-
 def dmpo_loss(
     model_pred: Halves,
     target: Halves,
@@ -314,7 +281,8 @@ def capo_loss(
     Args:
         model_pred, target, ref_pred, ref_mse: as in `dpo_loss`.
         delta: the winner's calibrated reward less the loser's, (B,) or one for all. A calibrated
-            reward is a win rate, in [0, 1], against the pretrained model's samples.
+            reward is a win rate, in [0, 1], against the pretrained model's samples;
+            `fastpref.preferences` makes it of rewards, and chooses pairs.
         beta: no 1/2 is folded into it, means over elements. The paper's could not be read: the
             default is the strength of `dpo_loss`'s.
         knobs: as in `pair_loss`; logit_scale takes the factor that the paper's margin has besides,
