@@ -151,7 +151,7 @@ def _run(
         raise TypeError(unexpected(f"loss {link.name!r}", [*knobs], accepted))
     scalars = [_number(name, numbers[name], hyper, n, device) for name, hyper in link.hyper.items()]
     for name, hyper in link.of_members.items():
-        scalars += _columns(name, of_members[name], hyper, batch)
+        scalars.append(_of_members(name, of_members[name], hyper, batch))
     if weight is not None:
         weight = check_scalar(weight_name, weight, ANCHOR, n, device)
     if huber_c is not None:
@@ -180,8 +180,8 @@ def _number(name: str, value: Any, hyper: Hyper, n: int, device: torch.device) -
     return label
 
 
-def _columns(name: str, value: Any, hyper: Hyper, batch: Batch) -> list[Scalar]:
-    """A number of each member, (B, members), as those of all first members, all second ones ..."""
+def _of_members(name: str, value: Any, hyper: Hyper, batch: Batch) -> Tensor:
+    """A number of each member, (B, members)."""
     scores, shape = plain(name, value), (batch.n_groups, batch.members)
     if scores.shape != shape or not scores.is_floating_point():
         raise ValueError(
@@ -196,7 +196,7 @@ def _columns(name: str, value: Any, hyper: Hyper, batch: Batch) -> list[Scalar]:
             rows[i] = rows[i][:length]  # padding may hold anything
         if outside := [v for row in rows for v in row if v not in hyper.interval]:
             raise ValueError(f"{name} contains {outside[0]}; expected numbers in {hyper.interval}")
-    return [*scores.unbind(1)]
+    return scores
 
 
 def _check_numbers(name: str, value: Tensor, device: torch.device) -> None:

@@ -79,27 +79,35 @@ def _gradient_times(factor: Any, x: Tensor) -> Tensor:
 def _of_groups(
     link: Group, batch: Batch, options: Options, kinds: Sequence[Tensor], cross: Tensor | None
 ) -> Linked:
-    active = _active(batch)
-    if batch.lengths is not None:
-        kinds = [torch.where(torch.stack(active), kind, 0.0) for kind in kinds]
-    sums = tuple(zip(*kinds, strict=True))
-    scalars = tuple(options.scalars)
-    mean: Any = 0.0
-    if link.first is not None:
-        mean = link.first.torch(sums, scalars, active).mean().detach()
-    losses, slopes, margin = link.torch(sums, cross, scalars, mean, active)
+    if link.listed:
+        losses, slopes, margin = _of_lists(link, batch, options, kinds)
+    else:
+        sums, scalars = tuple(zip(*kinds, strict=True)), tuple(options.scalars)
+        mean: Any = 0.0
+        if link.first is not None:
+            mean = link.first.torch(sums, scalars).mean().detach()
+        losses, of_members, margin = link.torch(sums, cross, scalars, mean)
+        slopes = [[*each] for each in zip(*of_members, strict=True)]
     if (weight := options.around.weight) is not None:
         losses = _times(weight, losses)
-        slopes = tuple(tuple(_times(weight, slope) for slope in each) for each in slopes)
-    return Linked(losses, [[*each] for each in zip(*slopes, strict=True)], margin)
+        slopes = [[_times(weight, slope) for slope in each] for each in slopes]
+    return Linked(losses, slopes, margin)
 
 
-def _active(batch: Batch) -> tuple[Tensor, ...]:
-    """Of each member, which groups have it, (B,)."""
-    if batch.lengths is None:
-        there = torch.ones(batch.n_groups, dtype=torch.bool, device=batch.device)
-        return (there,) * batch.members
-    return tuple(batch.lengths > m for m in range(batch.members))
+def _of_lists(
+    link: Group, batch: Batch, options: Options, kinds: Sequence[Tensor]
+) -> tuple[Tensor, list[list[Any]], Tensor]:
+    *scalars, of_members = options.scalars
+    assert isinstance(of_members, Tensor)
+    order = torch.arange(batch.members, device=batch.device)[None]
+    active = torch.ones_like(of_members, dtype=torch.bool)
+    if batch.lengths is not None:  # what lies beyond may be anything
+        active = order < batch.lengths[:, None]
+        of_members = torch.where(active, of_members, 0.0)
+    sums = [kind.T if batch.lengths is None else torch.where(active, kind.T, 0.0) for kind in kinds]
+    numbers = [n[:, None] if isinstance(n, Tensor) and n.dim() else n for n in scalars]
+    losses, slopes, margin = link.torch(tuple(sums), of_members, order, tuple(numbers), active)
+    return losses, [[*slope.unbind(1)] for slope in slopes], margin
 
 
 def reduced(losses: Tensor, options: Options) -> Tensor:

@@ -202,10 +202,10 @@ def test_opcheck_of_lists(device: torch.device) -> None:
     scores, lengths = torch.rand(2, 4, device=device), torch.tensor([4, 2], device=device)
     link = RANKDPO[4]
     absent = (None, None)
-    tensors = [None, *scores.unbind(1), torch.rand(2, device=device)]
+    tensors = [None, scores, torch.rand(2, device=device)]
     forward: tuple[Any, ...] = (
         link.key,
-        [5.0] * 6,
+        [5.0] * 3,
         tensors,
         pred,
         None,

@@ -9,7 +9,7 @@ reference's error, and, with drift=True, the mean squared difference from the re
 from __future__ import annotations
 
 from .links import BETA, FINITE, NOT_NEGATIVE, UNIT, First, Group, Hyper
-from .special import jit, sigmoids, softplus_and_slope, times, tl
+from .special import detached, jit, sigmoids, softplus_and_slope, times, tl
 
 # Unpaired samples: a reward -gap, and a sign that says whether it should be high ------------------
 
@@ -18,7 +18,7 @@ LABEL = Hyper(None, UNIT)  # 0 or 1, or bool
 
 
 @jit
-def _reward(sums, scalars, active):
+def _reward(sums, scalars):
     return -sums[0][1]
 
 
@@ -33,7 +33,7 @@ def _of_kto(sums, scalars, batch):
 
 
 @jit
-def _kto(sums, cross, scalars, batch, active):
+def _kto(sums, cross, scalars, batch):
     reward, sign, weight = _of_kto(sums, scalars, batch)
     z = sign * scalars[0] * reward
     p, rest = sigmoids(z)
@@ -41,7 +41,7 @@ def _kto(sums, cross, scalars, batch, active):
 
 
 @jit
-def _loss_averse(sums, cross, scalars, batch, active):
+def _loss_averse(sums, cross, scalars, batch):
     reward, sign, weight = _of_kto(sums, scalars, batch)
     z = sign * scalars[0] * reward
     value, slope = softplus_and_slope(-z)
@@ -49,7 +49,7 @@ def _loss_averse(sums, cross, scalars, batch, active):
 
 
 @jit
-def _risk_seeking(sums, cross, scalars, batch, active):
+def _risk_seeking(sums, cross, scalars, batch):
     reward, sign, weight = _of_kto(sums, scalars, batch)
     z = sign * scalars[0] * reward
     value, slope = softplus_and_slope(z)
@@ -57,7 +57,7 @@ def _risk_seeking(sums, cross, scalars, batch, active):
 
 
 @jit
-def _risk_seeking_1(sums, cross, scalars, batch, active):
+def _risk_seeking_1(sums, cross, scalars, batch):
     reward, sign, weight = _of_kto(sums, scalars, batch)
     value, slope = softplus_and_slope(scalars[0] * reward)
     slope = sign * scalars[0] * slope
@@ -65,7 +65,7 @@ def _risk_seeking_1(sums, cross, scalars, batch, active):
 
 
 @jit
-def _risk_seeking_2(sums, cross, scalars, batch, active):
+def _risk_seeking_2(sums, cross, scalars, batch):
     reward, sign, weight = _of_kto(sums, scalars, batch)
     z = 0.01 * scalars[0] * reward
     bounded = z > 80.0  # exp would overflow at 89
@@ -115,7 +115,7 @@ def _signed(gap, sign, weight, beta):
 
 
 @jit
-def _ddo(sums, cross, scalars, batch, active):
+def _ddo(sums, cross, scalars, batch):
     beta, alpha, real = scalars
     gap = sums[0][1]
     none = tl.zeros_like(gap)
@@ -124,7 +124,7 @@ def _ddo(sums, cross, scalars, batch, active):
 
 
 @jit
-def _tgo(sums, cross, scalars, batch, active):
+def _tgo(sums, cross, scalars, batch):
     beta, confidence, score, threshold = scalars
     gap = sums[0][1]
     above = tl.zeros_like(gap) + (score - threshold)
@@ -148,123 +148,79 @@ TGO = Group(
 )  # fmt: skip
 
 
-# Lists of k samples, which have a score each ------------------------------------------------------
+# Lists of k samples, which have a score each: (B, k) tensors, and (B, k, k) for their pairs -------
 
 
 @jit
-def _added(slopes, i, j, slope_i, slope_j):
-    """Slopes of members with those of i and j added."""
-    added = ()
-    for m in tl.static_range(len(slopes)):
-        if m == i:
-            added = added + (slopes[m] + slope_i,)  # noqa: RUF005 (the jit knows no unpacking)
-        elif m == j:
-            added = added + (slopes[m] + slope_j,)  # noqa: RUF005
-        else:
-            added = added + (slopes[m],)  # noqa: RUF005
-    return added
+def _pairs_of(x):
+    """(B, k, k) of (B, k): that of the first of two members, and of the second."""
+    return x[:, :, None], x[:, None, :]
 
 
 @jit
-def _as_slopes(slopes):
-    found = ()
-    for m in tl.static_range(len(slopes)):
-        found = found + ((slopes[m],),)  # noqa: RUF005
-    return found
+def _mean_lead(lead, ordered):
+    """Over a list's pairs, 0 without any."""
+    none = tl.zeros_like(lead)
+    total = tl.sum(tl.sum(tl.where(ordered, lead, none), axis=2), axis=1)
+    n = tl.sum(tl.sum(tl.where(ordered, none + 1.0, none), axis=2), axis=1)
+    return total / tl.where(n == 0.0, 1.0, n)
 
 
 @jit
-def _gain_and_discount(scores, active, i):
-    """2^score, and 1 / log(1 + rank), rank 1 being the best; equal scores rank as they come."""
-    rank = tl.zeros_like(scores[i]) + 1.0
-    for j in tl.static_range(len(scores)):
-        if j < i:
-            rank = rank + tl.where(active[j] & (scores[j] >= scores[i]), 1.0, tl.zeros_like(rank))
-        elif j > i:
-            rank = rank + tl.where(active[j] & (scores[j] > scores[i]), 1.0, tl.zeros_like(rank))
-    return tl.exp(0.6931471805599453 * scores[i]), 1.0 / tl.log(1.0 + rank)
+def _rankdpo(sums, scores, order, scalars, active):
+    gap, beta = sums[1], scalars[0]
+    score_i, score_j = _pairs_of(scores)
+    order_i, order_j = _pairs_of(order)
+    there_i, there_j = _pairs_of(active)
+    before = there_j & ((score_j > score_i) | ((score_j == score_i) & (order_j < order_i)))
+    rank = 1.0 + tl.sum(tl.where(before, 1.0, tl.zeros_like(score_j + score_i)), axis=2)
+    gain_i, gain_j = _pairs_of(tl.exp(0.6931471805599453 * scores))
+    discount_i, discount_j = _pairs_of(1.0 / tl.log(1.0 + rank))
+    gap_i, gap_j = _pairs_of(beta * gap)
+    lead = gap_j - gap_i
+    ordered = there_i & there_j & (score_i > score_j)
+    weight = tl.abs(gain_i - gain_j) * tl.abs(discount_i - discount_j)
+    weight = tl.where(ordered, weight, 0.0)
+    value, slope = softplus_and_slope(-lead)
+    loss = tl.sum(tl.sum(times(weight, value), axis=2), axis=1)
+    pull = times(weight, slope)
+    slopes = beta * (tl.sum(pull, axis=2) - tl.sum(pull, axis=1))
+    return loss, (slopes,), _mean_lead(lead, ordered)
 
 
 @jit
-def _scores(scalars, active):
-    """The members' scores, 0 where there is no member; scalars[0] is beta."""
-    scores = ()
-    for m in tl.static_range(len(active)):
-        scores = scores + (tl.where(active[m], scalars[1 + m], 0.0),)  # noqa: RUF005
-    return scores
-
-
-@jit
-def _rankdpo(sums, cross, scalars, batch, active):
-    beta, scores = scalars[0], _scores(scalars, active)
-    none = tl.zeros_like(sums[0][0])
-    gains, discounts, slopes = (), (), ()
-    for m in tl.static_range(len(sums)):
-        gain, discount = _gain_and_discount(scores, active, m)
-        gains = gains + (gain,)  # noqa: RUF005
-        discounts = discounts + (discount,)  # noqa: RUF005
-        slopes = slopes + (none,)  # noqa: RUF005
-    loss, margin, n = none, none, none
-    for i in tl.static_range(len(sums)):
-        for j in tl.static_range(i + 1, len(sums)):
-            ordered = active[i] & active[j] & (scores[i] != scores[j])
-            weight = tl.abs(gains[i] - gains[j]) * tl.abs(discounts[i] - discounts[j])
-            weight = tl.where(ordered, weight, none)
-            sign = tl.where(scores[i] > scores[j], beta, none - beta)
-            lead = sign * (sums[j][1] - sums[i][1])
-            value, slope = softplus_and_slope(-lead)
-            loss = loss + times(weight, value)
-            slope = times(weight, sign * slope)
-            slopes = _added(slopes, i, j, slope, -slope)
-            margin = margin + tl.where(ordered, lead, none)
-            n = n + tl.where(ordered, 1.0, none)
-    return loss, _as_slopes(slopes), margin / tl.where(n == 0.0, 1.0, n)
-
-
-@jit
-def _plackett_luce(sums, cross, scalars, batch, active):
-    beta, scores = scalars[0], _scores(scalars, active)
-    none = tl.zeros_like(sums[0][0])
-    slopes = ()
-    for m in tl.static_range(len(sums)):
-        slopes = slopes + (tl.where(active[m], beta, none),)  # noqa: RUF005
-    loss, margin, n = none, none, none
-    for j in tl.static_range(len(sums)):
-        # log-sum-exp over those that score no more than j, about the highest of them
-        high = -beta * sums[j][1]
-        for i in tl.static_range(len(sums)):
-            if i != j:
-                below = active[i] & active[j] & (scores[i] <= scores[j])
-                c = -beta * sums[i][1]
-                high = tl.where(below & ~(c <= high), c, high)
-                strictly = below & (scores[i] != scores[j])
-                margin = margin + tl.where(strictly, beta * (sums[i][1] - sums[j][1]), none)
-                n = n + tl.where(strictly, 1.0, none)
-        total = tl.exp(-beta * sums[j][1] - high)
-        for i in tl.static_range(len(sums)):
-            if i != j:
-                below = active[i] & active[j] & (scores[i] <= scores[j])
-                total = total + tl.where(below, tl.exp(-beta * sums[i][1] - high), none)
-        value = high + tl.log(total) + beta * sums[j][1]
-        loss = loss + tl.where(active[j], value, none)
-        for i in tl.static_range(len(sums)):
-            below = active[i] & active[j] & (scores[i] <= scores[j])
-            share = tl.exp(-beta * sums[i][1] - high) / total
-            slopes = _added(slopes, i, i, tl.where(below, -beta * share, none), none)
-    return loss, _as_slopes(slopes), margin / tl.where(n == 0.0, 1.0, n)
+def _plackett_luce(sums, scores, order, scalars, active):
+    c = -scalars[0] * sums[1]
+    c_j, c_i = _pairs_of(c)
+    score_j, score_i = _pairs_of(scores)
+    there_j, there_i = _pairs_of(active)
+    below = there_j & there_i & (score_i <= score_j)
+    high = detached(tl.max(tl.where(below, c_i + 0.0 * c_j, float("-inf")), axis=2))
+    high = tl.where(active, high, 0.0)
+    share = tl.where(below, tl.exp(tl.where(below, c_i - high[:, :, None], 0.0)), 0.0)
+    total = tl.where(active, tl.sum(share, axis=2), 1.0)
+    loss = tl.sum(tl.where(active, high + tl.log(total) - c, 0.0), axis=1)
+    share = share / total[:, :, None]
+    slopes = -scalars[0] * (tl.sum(share, axis=1) - tl.where(active, 1.0, tl.zeros_like(c)))
+    return loss, (slopes,), _mean_lead(c_j - c_i, below & (score_i != score_j))
 
 
 LONGEST = 16  # members of a list
 RANKDPO = {
     k: Group(
-        _rankdpo, BETA, of_members={"score": Hyper(None, UNIT)}, members=k, name=f"rankdpo_{k}"
+        _rankdpo,
+        BETA,
+        of_members={"score": Hyper(None, UNIT)},
+        members=k,
+        listed=True,
+        name=f"rankdpo_{k}",
     )
     for k in range(2, LONGEST + 1)
 }
 PLACKETT_LUCE = {
     k: Group(
         _plackett_luce, {"beta": Hyper(2500.0)}, of_members={"score": Hyper(None, FINITE)},
-        members=k, name=f"plackett_luce_{k}",
+        members=k, listed=True, name=f"plackett_luce_{k}",
     )
     for k in range(2, LONGEST + 1)
 }  # fmt: skip
@@ -274,7 +230,7 @@ PLACKETT_LUCE = {
 
 
 @jit
-def _dspo(sums, cross, scalars, batch, active):
+def _dspo(sums, cross, scalars, batch):
     """mean ((p - t) - c (p - r))^2 of the winner, c = beta sigmoid(-margin), in its sums."""
     err, drift, beta = sums[0][0], sums[0][3], scalars[0]
     gap, gap_l = sums[0][1], sums[1][1]
@@ -288,13 +244,11 @@ def _dspo(sums, cross, scalars, batch, active):
 
 
 @jit
-def _errors(sums, cross, scalars, batch, active):
+def _errors(sums, cross, scalars, batch):
     """Nothing but the sums: the slope of each error by itself is 1."""
     none = tl.zeros_like(sums[0][0])
     return none, ((none + 1.0,), (none + 1.0,)), none
 
 
-DSPO = Group(
-    _dspo, {"beta": Hyper(0.001)}, members=2, listed=False, drift=True, huber=False, name="dspo"
-)
-ERRORS = Group(_errors, members=2, listed=False, needs_ref=False, name="errors")
+DSPO = Group(_dspo, {"beta": Hyper(0.001)}, members=2, drift=True, huber=False, name="dspo")
+ERRORS = Group(_errors, members=2, needs_ref=False, name="errors")

@@ -201,6 +201,9 @@ def _plan_forward(
     else:
         of_link = (None, None, link.score.triton, link.shape.triton,
                    len(link.score.hyper), len(link.hyper), n_link, link.sft_weight)  # fmt: skip
+    listed = 0
+    if isinstance(link, Group) and link.listed and members > 1:
+        listed = triton.next_power_of_2(members)
     kinds = 1 + 2 * paired + drift + 2 * mixed + (anchor[0] is not None)
     shown = kinds + 2 * ref_errors
     mean = error_reduction == "mean"
@@ -210,7 +213,7 @@ def _plan_forward(
         arguments=(
             n_groups, n_elements, n_programs,
             sizes, *strides, 1.0 / n_groups if reduction == "mean" else 1.0,
-            *of_link, swap, guard, weighted, heated, reduction != "none", mean, members,
+            *of_link, swap, guard, weighted, heated, reduction != "none", mean, members, listed,
             forms[0], forms[1], forms[2], ref_errors, *forms[3:],
             drift, mixed, cross, wide, BLOCK, PAIRS, PARTS,
         ),
@@ -310,7 +313,8 @@ def _scalars(scalars: Sequence[float | Tensor]) -> tuple[tuple[Any, ...], ...]:
         return tuple(scalars), (None,) * len(scalars), (0,) * len(scalars)
     tensors = tuple([s if isinstance(s, Tensor) else None for s in scalars])
     values = tuple([0.0 if isinstance(s, Tensor) else float(s) for s in scalars])
-    return values, tensors, tuple([_stride(t) for t in tensors])
+    strides = [t.stride() if t is not None and t.dim() == 2 else _stride(t) for t in tensors]
+    return values, tensors, tuple(strides)
 
 
 def _huber(
@@ -436,7 +440,7 @@ def _options(plan: Plan, pointers: Sequence[Any], target: GPUTarget) -> dict[str
     if target.backend == "cuda":  # the only one that has the option
         usual = 64 if target.arch < 100 else 80
         more = plan.scattered or plan.members > 2  # every member has sums of its own
-        options["maxnreg"] = 255 if plan.members > 8 else 128 if more else usual
+        options["maxnreg"] = 255 if plan.members > 4 else 128 if more else usual
     return options
 
 

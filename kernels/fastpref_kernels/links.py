@@ -96,7 +96,7 @@ class Shape(_Text):
 
 @dataclass(frozen=True, eq=False)
 class First(_Text):
-    """(sums, scalars, active) -> a number for each group, of which a link is told the mean over the
+    """(sums, scalars) -> a number for each group, of which a link is told the mean over the
     batch."""
 
 
@@ -145,26 +145,34 @@ class Link:
 
 @dataclass(frozen=True, eq=False)
 class Group(_Text):
-    """A link on all sums of the members of a group, which for a pair that needs more than errors
-    and gaps is its winner and loser, for unpaired data a sample, or a list of k:
+    """A link on all sums of the members of a group, for what needs more than errors and gaps of
+    pairs. Of single samples, or of pairs, all first members of which come before all second ones:
 
-        (sums, cross, scalars, batch, active) -> (loss, slopes, score)
+        (sums, cross, scalars, batch) -> (loss, slopes, score)
 
     sums: of each member (err, gap, ref, drift, plus, minus, anchor), as far as there are any: see
-        the kernels. cross: of both members of a pair. scalars: the hyper-parameters, and then those
-        of each member. batch: the mean over the batch of what `first` makes of a group. active:
-        whether the group has that member; if not, its sums are 0.
+        the kernels. cross: of both members of a pair. scalars: the hyper-parameters. batch: the
+        mean over the batch of what `first` makes of a group.
     slopes: for each member, by err or gap, by drift, and by anchor; batch is a constant.
-    hyper: one number for all groups, or one for each. of_members: one for each member.
-    members: how many; they follow one another if `listed`, or else all first ones come first.
-    drift, mixed, cross: whether these sums are needed.
-    huber: whether the link is right for errors that are no squares.
-    live: of the hyper-parameters, whether a group has a gradient at all; see knobs.live.
+
+    Of `listed` groups, lists whose members follow one another, with (B, K) tensors:
+
+        (sums, of_members, order, scalars, active) -> (loss, slopes, score)
+
+    sums: err, gap, ref, ..., each (B, K). of_members: a number that each member has, (B, K). order:
+        the members' numbers, (1, K). scalars: numbers, or (B, 1). active: which members there are,
+        (B, K); the sums and numbers of others are 0.
+    slopes: (B, K) for each direction. loss and score: (B,).
+
+    hyper: one number for all groups, or one for each. of_members: the one for each member, by name.
+    members: how many. drift, mixed, cross: whether these sums are needed. huber: whether the link
+    is right for errors that are no squares. live: of the hyper-parameters, whether a group has a
+    gradient at all; see knobs.live.
     """
 
     of_members: Mapping[str, Hyper] = field(default_factory=dict)
     members: int = 1
-    listed: bool = True
+    listed: bool = False
     needs_ref: bool = True
     drift: bool = False
     mixed: bool = False

@@ -227,8 +227,78 @@ def _group_sums(
 
 
 @triton.jit
+def _list_sums(
+    partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
+    MEMBERS: tl.constexpr, LISTED: tl.constexpr, KINDS: tl.constexpr, COUNTS: tl.constexpr,
+    MEAN: tl.constexpr, REF_ERRORS: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """(kinds of sums, sizes) of lists, [GROUPS, LISTED] each; LISTED is a power of 2."""
+    member = tl.arange(0, LISTED)[None, :]
+    there = (group < n_groups)[:, None] & (member < MEMBERS)
+    totals = ()
+    for kind in tl.static_range(KINDS + (COUNTS > 0)):
+        row = member * KINDS + kind
+        if kind == KINDS:
+            row = MEMBERS * KINDS + (member if COUNTS > 1 else 0 * member)
+        rows = partials + (row * n_groups + group[:, None]) * n_programs
+        total = tl.zeros([GROUPS, LISTED, PARTS], tl.float32)
+        for first in range(0, n_programs, PARTS):
+            part = first + tl.arange(0, PARTS)[None, None, :]
+            inside = there[:, :, None] & (part < n_programs)
+            total += tl.load(rows[:, :, None] + part, mask=inside, other=0.0, cache_modifier=".cg")
+        totals = totals + (tl.sum(total, axis=2),)  # noqa: RUF005
+    size = tl.full([GROUPS, LISTED], 1.0, tl.float32)
+    if MEAN and COUNTS > 0:
+        size = totals[KINDS]
+    elif MEAN:
+        size = tl.zeros([GROUPS, LISTED], tl.float32) + n_elements
+    kinds = ()
+    for kind in tl.static_range(KINDS):
+        kinds = kinds + (_mean(totals[kind], size, kind == 0),)  # noqa: RUF005
+    if REF_ERRORS:
+        rows = ref[0] + (group[:, None].to(tl.int64) * MEMBERS + member) * ref_strides[0][0]
+        of_ref = tl.load(rows, mask=there, other=0.0).to(tl.float32)
+        kinds = (kinds[0], kinds[0] - of_ref, of_ref)
+    return kinds, size
+
+
+@triton.jit
+def _list_losses(
+    kinds, lengths, values, tensors, strides, group, n_groups,
+    LINK: tl.constexpr, N_LINK: tl.constexpr, WEIGHTED: tl.constexpr, MEMBERS: tl.constexpr,
+    LISTED: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """The same of lists: losses and scores [GROUPS], slopes for each direction [GROUPS, LISTED]."""
+    member = tl.arange(0, LISTED)[None, :]
+    inside = (group < n_groups)[:, None]
+    active = inside & (member < MEMBERS)
+    if lengths is not None:
+        active = active & (member < tl.load(lengths + group, mask=group < n_groups)[:, None])
+    sums = ()
+    for kind in tl.static_range(len(kinds)):
+        sums = sums + (tl.where(active, kinds[kind], 0.0),)  # noqa: RUF005
+    none = tl.zeros([GROUPS], tl.float32)
+    LAST: tl.constexpr = N_LINK - 1
+    scalars = _scalars(values, tensors, strides, group, n_groups, 0, LAST)
+    numbers = ()
+    for i in tl.static_range(LAST):
+        numbers = numbers + ((none + scalars[i])[:, None],)  # noqa: RUF005
+    rows = tensors[LAST] + group[:, None].to(tl.int64) * strides[LAST][0]
+    of_members = tl.load(rows + member * strides[LAST][1], mask=active, other=0.0).to(tl.float32)
+    value, slopes, score = LINK(sums, of_members, member, numbers, active)
+    if WEIGHTED:
+        (weight,) = _scalars(values, tensors, strides, group, n_groups, N_LINK, N_LINK + 1)
+        value = times(weight, value)
+        weighted = ()
+        for d in tl.static_range(len(slopes)):
+            weighted = weighted + (times((none + weight)[:, None], slopes[d]),)  # noqa: RUF005
+        slopes = weighted
+    return value, slopes, score
+
+
+@triton.jit
 def _losses(
-    sums, cross, batch, guard, lengths, values, tensors, strides, group, n_groups,
+    sums, cross, batch, guard, values, tensors, strides, group, n_groups,
     LINK: tl.constexpr, SCORE: tl.constexpr, SHAPE: tl.constexpr, N_SCORE: tl.constexpr,
     N_HYPER: tl.constexpr, N_LINK: tl.constexpr, SFT_WEIGHT: tl.constexpr, SWAP: tl.constexpr,
     GUARD: tl.constexpr, DRIFT: tl.constexpr, WEIGHTED: tl.constexpr, REF: tl.constexpr,
@@ -267,11 +337,8 @@ def _losses(
             of_w, of_l = (slope_w, slope), (slope_l, slope)
         return value, (of_l, of_w) if SWAP else (of_w, of_l), score
     else:
-        active = _active(lengths, group, n_groups, MEMBERS)
-        if lengths is not None:
-            sums = _there(sums, active)
         scalars = _scalars(values, tensors, strides, group, n_groups, 0, N_LINK)
-        value, slopes, score = LINK(sums, cross, scalars, batch, active)
+        value, slopes, score = LINK(sums, cross, scalars, batch)
         if WEIGHTED:
             (weight,) = _scalars(values, tensors, strides, group, n_groups, N_LINK, N_LINK + 1)
             value = times(weight, value)
@@ -286,26 +353,15 @@ def _losses(
 
 
 @triton.jit
-def _there(sums, active):
-    """Sums with 0 for members that a list does not have, whose elements may be anything."""
-    members = ()
-    for m in tl.static_range(len(sums)):
-        each = ()
-        for kind in tl.static_range(len(sums[m])):
-            each = each + (tl.where(active[m], sums[m][kind], 0.0),)  # noqa: RUF005
-        members = members + (each,)  # noqa: RUF005
-    return members
-
-
-@triton.jit
 def _finish(
     loss, stats, partials, ref, lengths, values, tensors, strides, n_groups, n_elements, n_programs,
     ref_strides, group_scale,
     LINK: tl.constexpr, FIRST: tl.constexpr, SCORE: tl.constexpr, SHAPE: tl.constexpr,
     N_SCORE: tl.constexpr, N_HYPER: tl.constexpr, N_LINK: tl.constexpr, SFT_WEIGHT: tl.constexpr,
     SWAP: tl.constexpr, GUARD: tl.constexpr, WEIGHTED: tl.constexpr, HEATED: tl.constexpr,
-    REDUCE: tl.constexpr, MEAN: tl.constexpr, MEMBERS: tl.constexpr, KINDS: tl.constexpr,
-    COUNTS: tl.constexpr, DRIFT: tl.constexpr, CROSS: tl.constexpr, DIRECTIONS: tl.constexpr,
+    REDUCE: tl.constexpr, MEAN: tl.constexpr, MEMBERS: tl.constexpr, LISTED: tl.constexpr,
+    KINDS: tl.constexpr, COUNTS: tl.constexpr, DRIFT: tl.constexpr, CROSS: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
     REF: tl.constexpr, REF_ERRORS: tl.constexpr, HUBER: tl.constexpr,
     GROUPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -322,7 +378,7 @@ def _finish(
                 MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, GROUPS, PARTS,
             )  # fmt: skip
             scalars = _scalars(values, tensors, strides, group, n_groups, 0, N_LINK)
-            value = FIRST(sums, scalars, _active(lengths, group, n_groups, MEMBERS))
+            value = FIRST(sums, scalars)
             total += tl.where(group < n_groups, value, 0.0)
         batch = tl.sum(total, axis=0) / n_groups
     guard = 1.0
@@ -351,15 +407,25 @@ def _finish(
         total = tl.zeros([GROUPS], tl.float32)
         for first in range(0, n_groups, GROUPS):
             group = first + tl.arange(0, GROUPS)
-            sums, _, cross = _group_sums(
-                partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
-                MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, GROUPS, PARTS,
-            )  # fmt: skip
-            value, _, _ = _losses(
-                sums, cross, batch, guard, lengths, values, tensors, strides, group, n_groups,
-                LINK, SCORE, SHAPE, N_SCORE, N_HYPER, N_LINK, SFT_WEIGHT, SWAP, GUARD, DRIFT,
-                WEIGHTED, REF, MEMBERS,
-            )  # fmt: skip
+            if LISTED:
+                kinds, _ = _list_sums(
+                    partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
+                    MEMBERS, LISTED, KINDS, COUNTS, MEAN, REF_ERRORS, GROUPS, PARTS,
+                )  # fmt: skip
+                value, _, _ = _list_losses(
+                    kinds, lengths, values, tensors, strides, group, n_groups,
+                    LINK, N_LINK, WEIGHTED, MEMBERS, LISTED, GROUPS,
+                )  # fmt: skip
+            else:
+                sums, _, cross = _group_sums(
+                    partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
+                    MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, GROUPS, PARTS,
+                )  # fmt: skip
+                value, _, _ = _losses(
+                    sums, cross, batch, guard, values, tensors, strides, group, n_groups,
+                    LINK, SCORE, SHAPE, N_SCORE, N_HYPER, N_LINK, SFT_WEIGHT, SWAP, GUARD, DRIFT,
+                    WEIGHTED, REF, MEMBERS,
+                )  # fmt: skip
             value = tl.where(group < n_groups, value / heat, float("-inf"))
             higher = tl.where(value <= high, high, value)  # NaN stays NaN
             kept = tl.where(high == higher, 1.0, tl.exp(high - higher))
@@ -373,34 +439,59 @@ def _finish(
     for first in range(0, n_groups, GROUPS):
         group = first + tl.arange(0, GROUPS)
         inside = group < n_groups
-        sums, sizes, cross = _group_sums(
-            partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
-            MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, GROUPS, PARTS,
-        )  # fmt: skip
-        value, slopes, score = _losses(
-            sums, cross, batch, guard, lengths, values, tensors, strides, group, n_groups,
-            LINK, SCORE, SHAPE, N_SCORE, N_HYPER, N_LINK, SFT_WEIGHT, SWAP, GUARD, DRIFT,
-            WEIGHTED, REF, MEMBERS,
-        )  # fmt: skip
-        rows = stats + group
-        for kind in tl.static_range(len(sums[0])):
-            for m in tl.static_range(MEMBERS):
-                tl.store(rows, sums[m][kind], mask=inside)
-                rows += n_groups
-        if CROSS:
-            tl.store(rows, cross, mask=inside)
-            rows += n_groups
-        tl.store(rows, score, mask=inside)
+        if LISTED:
+            kinds, sizes = _list_sums(
+                partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
+                MEMBERS, LISTED, KINDS, COUNTS, MEAN, REF_ERRORS, GROUPS, PARTS,
+            )  # fmt: skip
+            value, slopes, score = _list_losses(
+                kinds, lengths, values, tensors, strides, group, n_groups,
+                LINK, N_LINK, WEIGHTED, MEMBERS, LISTED, GROUPS,
+            )  # fmt: skip
+        else:
+            sums, sizes, cross = _group_sums(
+                partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
+                MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, GROUPS, PARTS,
+            )  # fmt: skip
+            value, slopes, score = _losses(
+                sums, cross, batch, guard, values, tensors, strides, group, n_groups,
+                LINK, SCORE, SHAPE, N_SCORE, N_HYPER, N_LINK, SFT_WEIGHT, SWAP, GUARD, DRIFT,
+                WEIGHTED, REF, MEMBERS,
+            )  # fmt: skip
         share = group_scale
         if HEATED:
             share = tl.exp(value / heat - log_sum)
-        for d in tl.static_range(DIRECTIONS):
-            # of d err / d pred = 2 / size * (pred - target), all but the difference
-            scale = share if HUBER and d == 0 else 2.0 * share
-            for m in tl.static_range(MEMBERS):
+        rows = stats + group
+        if LISTED:
+            member = tl.arange(0, LISTED)[None, :]
+            there = inside[:, None] & (member < MEMBERS)
+            rows = rows[:, None] + member * n_groups
+            for kind in tl.static_range(len(kinds)):
+                tl.store(rows, kinds[kind], mask=there)
+                rows += MEMBERS * n_groups
+            tl.store(stats + group + len(kinds) * MEMBERS * n_groups, score, mask=inside)
+            rows += n_groups
+            each = (tl.zeros([GROUPS], tl.float32) + share)[:, None]
+            for d in tl.static_range(DIRECTIONS):
+                scale = each if HUBER and d == 0 else 2.0 * each
+                tl.store(rows, _mean(times(scale, slopes[d]), sizes), mask=there)
+                rows += MEMBERS * n_groups
+        else:
+            for kind in tl.static_range(len(sums[0])):
+                for m in tl.static_range(MEMBERS):
+                    tl.store(rows, sums[m][kind], mask=inside)
+                    rows += n_groups
+            if CROSS:
+                tl.store(rows, cross, mask=inside)
                 rows += n_groups
-                factor = times(scale, slopes[m][d]) if HEATED else slopes[m][d] * scale
-                tl.store(rows, _mean(factor, sizes[m]), mask=inside)
+            tl.store(rows, score, mask=inside)
+            for d in tl.static_range(DIRECTIONS):
+                # of d err / d pred = 2 / size * (pred - target), all but the difference
+                scale = share if HUBER and d == 0 else 2.0 * share
+                for m in tl.static_range(MEMBERS):
+                    rows += n_groups
+                    factor = times(scale, slopes[m][d]) if HEATED else slopes[m][d] * scale
+                    tl.store(rows, _mean(factor, sizes[m]), mask=inside)
         if REDUCE:
             total += tl.where(inside, value, 0.0)
         else:
@@ -423,16 +514,87 @@ def _scalars(
 
 
 @triton.jit
-def _active(lengths, group, n_groups, MEMBERS: tl.constexpr):
-    """Whether a group has each of its members."""
-    found = ()
-    for m in tl.static_range(MEMBERS):
-        if lengths is None:
-            active = group < n_groups
-        else:
-            active = tl.load(lengths + group, mask=group < n_groups, other=0) > m
-        found = found + (active,)  # noqa: RUF005
-    return found
+def _add_up(
+    preds, targets, refs, masks, bases, anchors, hubers, affine, mix,
+    partials, group, part, n_groups, n_elements, n_programs,
+    sizes, pred_strides, target_strides, ref_strides, mask_strides, base_strides, anchor_strides,
+    FROM: tl.constexpr, TO: tl.constexpr, MEMBERS: tl.constexpr, KINDS: tl.constexpr,
+    COUNTS: tl.constexpr, PRED: tl.constexpr, TARGET: tl.constexpr, REF: tl.constexpr,
+    MASK: tl.constexpr, BASE: tl.constexpr, ANCHOR: tl.constexpr, DRIFT: tl.constexpr,
+    MIXED: tl.constexpr, CROSS: tl.constexpr, HUBER: tl.constexpr, VECTOR: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The partial sums of some members, and with them the counts of their elements."""
+    ONCE: tl.constexpr = MASK == "shared" and FROM > 0  # counted with the first members
+    COUNTED: tl.constexpr = 0 if COUNTS == 0 or ONCE else (1 if COUNTS == 1 else TO - FROM)
+    lane = tl.arange(0, BLOCK)
+    acc = ()
+    for _ in tl.static_range((TO - FROM) * KINDS + COUNTED + CROSS):
+        acc = acc + (tl.zeros([BLOCK // VECTOR], tl.float32),)  # noqa: RUF005
+    for block in range(part, (n_elements - 1) // BLOCK + 1, n_programs):  # n + BLOCK may overflow
+        start = tl.full([], block, tl.int64 if WIDE else tl.int32) * BLOCK
+        inside = start + lane < n_elements
+        added = ()
+        counts = ()
+        weight = None
+        for m in tl.static_range(FROM, TO):
+            if m == FROM or TARGET != "shared" or BASE is not None:
+                goal = _load(targets[m], start, lane, inside, sizes, _own(target_strides, m))
+                if BASE is not None:
+                    x = _load(bases[m], start, lane, inside, sizes, _own(base_strides, m))
+                    goal = _affine_target(goal, x, affine, group, n_groups, m, MEMBERS)
+                    goal = tl.where(inside, goal, 0.0)
+            if MASK is not None and (m == FROM or MASK != "shared"):
+                weight = _load(masks[m], start, lane, inside, sizes, _own(mask_strides, m))
+                if COUNTED > 0:
+                    counts = counts + (_together(weight, VECTOR),)  # noqa: RUF005
+            if m == FROM or PRED != "shared":
+                pred_m = _load(preds[m], start, lane, inside, sizes, _own(pred_strides, m))
+            diff = pred_m - goal
+            value = _squares(diff, weight, hubers[m], HUBER)
+            added = added + (_together(value, VECTOR),)  # noqa: RUF005
+            if REF is not None:
+                if m == FROM or REF != "shared":
+                    ref_m = _load(refs[m], start, lane, inside, sizes, _own(ref_strides, m))
+                off = ref_m - goal
+                value = _gaps(pred_m, ref_m, diff, goal, weight, hubers[m], HUBER)
+                added = added + (_together(value, VECTOR),)  # noqa: RUF005
+                value = _squares(off, weight, hubers[m], HUBER)
+                added = added + (_together(value, VECTOR),)  # noqa: RUF005
+                moved = pred_m - ref_m
+                if DRIFT:
+                    value = _squares(moved, weight, 0.0, False)
+                    added = added + (_together(value, VECTOR),)  # noqa: RUF005
+                if MIXED:
+                    value = _weighted(tl.abs(off + mix * moved), weight)
+                    added = added + (_together(value, VECTOR),)  # noqa: RUF005
+                    value = _weighted(tl.abs(off - mix * moved), weight)
+                    added = added + (_together(value, VECTOR),)  # noqa: RUF005
+            if ANCHOR is not None:
+                a = _load(anchors[m], start, lane, inside, sizes, _own(anchor_strides, m))
+                value = _squares(pred_m - a, weight, 0.0, False)
+                added = added + (_together(value, VECTOR),)  # noqa: RUF005
+            if CROSS and m == FROM:
+                first = diff
+                if MASK is not None:
+                    first_weight = weight
+        added = added + counts
+        if CROSS:
+            value = _weighted(first * diff, weight)
+            if MASK is not None and MASK != "shared":
+                value = _weighted(value, first_weight)
+            added = added + (_together(value, VECTOR),)  # noqa: RUF005
+        sums = ()
+        for i in tl.static_range(len(added)):
+            sums = sums + (acc[i] + added[i],)  # noqa: RUF005
+        acc = sums
+    parts = n_groups * n_programs
+    mine = partials + tl.program_id(0) + FROM * KINDS * parts
+    for i in tl.static_range(len(acc)):
+        if i == (TO - FROM) * KINDS and TO - FROM < MEMBERS:
+            mine = partials + tl.program_id(0) + (MEMBERS * KINDS + FROM) * parts
+        tl.store(mine, tl.sum(acc[i], axis=0))
+        mine += parts
 
 
 # The jit would compile once more for each of these that happens to be 1 or a multiple of 16. For
@@ -460,7 +622,8 @@ def pair_fwd(
     N_SCORE: tl.constexpr, N_HYPER: tl.constexpr, N_LINK: tl.constexpr, SFT_WEIGHT: tl.constexpr,
     SWAP: tl.constexpr, GUARD: tl.constexpr, WEIGHTED: tl.constexpr, HEATED: tl.constexpr,
     REDUCE: tl.constexpr, MEAN: tl.constexpr,
-    MEMBERS: tl.constexpr, PRED: tl.constexpr, TARGET: tl.constexpr, REF: tl.constexpr,
+    MEMBERS: tl.constexpr, LISTED: tl.constexpr,
+    PRED: tl.constexpr, TARGET: tl.constexpr, REF: tl.constexpr,
     REF_ERRORS: tl.constexpr, MASK: tl.constexpr, BASE: tl.constexpr, ANCHOR: tl.constexpr,
     DRIFT: tl.constexpr, MIXED: tl.constexpr, CROSS: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
@@ -472,6 +635,7 @@ def pair_fwd(
     finishes, and leaves `ticket` at 0 for the next launch.
     stats (rows, n_groups): each sum of each member, kind by kind, without count; cross; the score;
     and the factors of the gradient, for each direction (p - t, p - r, p - a) those of each member.
+    LISTED: of lists, MEMBERS up to a power of 2; their link has the members in one tensor.
     loss: () or, unless REDUCE, (n_groups,). group_scale: 1 / n_groups for a mean, else 1.
     values, tensors, strides: of the scalars, N_LINK of the link (hyper-parameters and knobs), and
     then those of what is around it: GUARD, DRIFT or WEIGHTED, HEATED.
@@ -491,82 +655,29 @@ def pair_fwd(
     part = tl.program_id(0) % n_programs
     preds = _starts(pred, pred_strides, group, n_groups, n_elements, MEMBERS, PRED)
     targets = _starts(target, target_strides, group, n_groups, n_elements, MEMBERS, TARGET)
-    if PAIRED:
-        refs = _starts(ref, ref_strides, group, n_groups, n_elements, MEMBERS, REF)
+    refs = _starts(ref, ref_strides, group, n_groups, n_elements, MEMBERS, REF if PAIRED else None)
     masks = _starts(mask, mask_strides, group, n_groups, n_elements, MEMBERS, MASK)
     bases = _starts(base, base_strides, group, n_groups, n_elements, MEMBERS, BASE)
     anchors = _starts(anchor, anchor_strides, group, n_groups, n_elements, MEMBERS, ANCHOR)
     hubers = _hubers(huber, group, MEMBERS)
-    lane = tl.arange(0, BLOCK)
-    acc = ()
-    for _ in tl.static_range(MEMBERS * KINDS + COUNTS + CROSS):
-        acc = acc + (tl.zeros([BLOCK // VECTOR], tl.float32),)  # noqa: RUF005
-    for block in range(part, (n_elements - 1) // BLOCK + 1, n_programs):  # n + BLOCK may overflow
-        start = tl.full([], block, tl.int64 if WIDE else tl.int32) * BLOCK
-        inside = start + lane < n_elements
-        added = ()
-        counts = ()
-        weight = None
-        for m in tl.static_range(MEMBERS):
-            if m == 0 or TARGET != "shared" or BASE is not None:
-                goal = _load(targets[m], start, lane, inside, sizes, _own(target_strides, m))
-                if BASE is not None:
-                    x = _load(bases[m], start, lane, inside, sizes, _own(base_strides, m))
-                    goal = _affine_target(goal, x, affine, group, n_groups, m, MEMBERS)
-                    goal = tl.where(inside, goal, 0.0)
-            if MASK is not None and (m == 0 or MASK != "shared"):
-                weight = _load(masks[m], start, lane, inside, sizes, _own(mask_strides, m))
-                if COUNTS > 0:
-                    counts = counts + (_together(weight, VECTOR),)  # noqa: RUF005
-            if m == 0 or PRED != "shared":
-                pred_m = _load(preds[m], start, lane, inside, sizes, _own(pred_strides, m))
-            diff = pred_m - goal
-            value = _squares(diff, weight, hubers[m], HUBER)
-            added = added + (_together(value, VECTOR),)  # noqa: RUF005
-            if PAIRED:
-                if m == 0 or REF != "shared":
-                    ref_m = _load(refs[m], start, lane, inside, sizes, _own(ref_strides, m))
-                off = ref_m - goal
-                value = _gaps(pred_m, ref_m, diff, goal, weight, hubers[m], HUBER)
-                added = added + (_together(value, VECTOR),)  # noqa: RUF005
-                value = _squares(off, weight, hubers[m], HUBER)
-                added = added + (_together(value, VECTOR),)  # noqa: RUF005
-                moved = pred_m - ref_m
-                if DRIFT:
-                    value = _squares(moved, weight, 0.0, False)
-                    added = added + (_together(value, VECTOR),)  # noqa: RUF005
-                if MIXED:
-                    value = _weighted(tl.abs(off + mix * moved), weight)
-                    added = added + (_together(value, VECTOR),)  # noqa: RUF005
-                    value = _weighted(tl.abs(off - mix * moved), weight)
-                    added = added + (_together(value, VECTOR),)  # noqa: RUF005
-            if ANCHOR is not None:
-                a = _load(anchors[m], start, lane, inside, sizes, _own(anchor_strides, m))
-                value = _squares(pred_m - a, weight, 0.0, False)
-                added = added + (_together(value, VECTOR),)  # noqa: RUF005
-            if CROSS and m == 0:
-                first, first_weight = diff, weight
-        added = added + counts
-        if CROSS:
-            value = _weighted(first * diff, weight)
-            if MASK is not None and MASK != "shared":
-                value = _weighted(value, first_weight)
-            added = added + (_together(value, VECTOR),)  # noqa: RUF005
-        sums = ()
-        for i in tl.static_range(len(added)):
-            sums = sums + (acc[i] + added[i],)  # noqa: RUF005
-        acc = sums
+    # Sums of more than eight members at a time take more registers than a thread has.
+    for FROM in tl.static_range(0, MEMBERS, 8):
+        _add_up(
+            preds, targets, refs, masks, bases, anchors, hubers, affine, mix,
+            partials, group, part, n_groups, n_elements, n_programs,
+            sizes, pred_strides, target_strides, ref_strides, mask_strides, base_strides,
+            anchor_strides,
+            FROM, FROM + 8 if FROM + 8 < MEMBERS else MEMBERS, MEMBERS, KINDS, COUNTS,
+            PRED, TARGET, REF if PAIRED else None, MASK, BASE, ANCHOR, DRIFT, MIXED, CROSS,
+            HUBER, VECTOR, WIDE, BLOCK,
+        )  # fmt: skip
     parts = n_groups * n_programs
-    mine = partials + tl.program_id(0)
-    for i in tl.static_range(MEMBERS * KINDS + COUNTS + CROSS):
-        tl.store(mine, tl.sum(acc[i], axis=0))
-        mine += parts
     if tl.atomic_add(ticket, 1, sem="acq_rel") == parts - 1:
         _finish(
             loss, stats, partials, ref, lengths, values, tensors, strides,
             n_groups, n_elements, n_programs, ref_strides, group_scale,
             LINK, FIRST, SCORE, SHAPE, N_SCORE, N_HYPER, N_LINK, SFT_WEIGHT, SWAP, GUARD, WEIGHTED,
-            HEATED, REDUCE, MEAN, MEMBERS, KINDS, COUNTS, DRIFT, CROSS,
+            HEATED, REDUCE, MEAN, MEMBERS, LISTED, KINDS, COUNTS, DRIFT, CROSS,
             1 + DRIFT + (ANCHOR is not None), REF, REF_ERRORS, HUBER, GROUPS, PARTS,
         )  # fmt: skip
         tl.store(ticket, 0)

@@ -68,7 +68,13 @@ class _InTorch:
     def abs(x: Any) -> Any:
         return abs(x)
 
-    static_range = range
+    @staticmethod
+    def sum(x: Tensor, axis: int) -> Tensor:
+        return x.sum(axis)
+
+    @staticmethod
+    def max(x: Tensor, axis: int) -> Tensor:
+        return x.amax(axis)
 
     @staticmethod
     def zeros_like(x: Any) -> Any:
