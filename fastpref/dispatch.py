@@ -325,6 +325,17 @@ class PairErrors(NamedTuple):
     gap_w: Tensor | None = None
     gap_l: Tensor | None = None
 
+    @property
+    def mse(self) -> tuple[Tensor, Tensor]:
+        return self.mse_w, self.mse_l
+
+    @property
+    def gap(self) -> tuple[Tensor, Tensor]:
+        """Raises: ValueError without a reference."""
+        if self.gap_w is None or self.gap_l is None:
+            raise ValueError("pair_errors was given neither ref_pred nor ref_mse: there is no gap")
+        return self.gap_w, self.gap_l
+
 
 def pair_errors(
     model_pred: Halves,
@@ -348,7 +359,9 @@ def pair_errors(
 
         errors = fastpref.pair_errors(model_pred, target, ref_pred)
         beta = 0.2 / (errors.gap_l - errors.gap_w).detach().abs().mean()
-        out = fastpref.losses_from_errors(errors[:2], gap=errors[2:], link="dpo_sigmoid", beta=beta)
+        out = fastpref.losses_from_errors(
+            errors.mse, gap=errors.gap, link="dpo_sigmoid", beta=beta
+        )
 
     Args: as in `pair_loss`. Gradients are with respect to model_pred. Under torch.compile, and
     where somebody differentiates twice, they are PyTorch's own operations.
