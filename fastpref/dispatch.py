@@ -216,7 +216,8 @@ def pair_loss(
     huber = None if huber_c is None else check_huber(huber_c, n_pairs, 2 * n_pairs, device)
     around = NOTHING_AROUND
     guarded = safeguard is not None or loser_gradient_scale is not None
-    if guarded or anchor_weight is not None or reduction == "dro":
+    heated = reduction == "dro" or type(dro_temperature) is not float or dro_temperature != 1.0
+    if guarded or anchor_weight is not None or heated:
         guard = check_guard(loser_gradient_scale, safeguard, safeguard_over, n_pairs, device)
         if anchor_weight is not None:
             if ref_pred is None:
@@ -371,7 +372,8 @@ def pair_errors(
     n_pairs = batch.n_groups
     huber = None if huber_c is None else check_huber(huber_c, n_pairs, 2 * n_pairs, batch.device)
     options = Options(ERRORS, (), huber, "none", error_reduction)
-    run = ops.errors_of if takes_triton(impl, batch) else reference.errors_of
+    fused = takes_triton(impl, batch) and not batch.intercepted
+    run = ops.errors_of if fused else reference.errors_of
     return PairErrors(*run(batch, options))
 
 

@@ -181,4 +181,4 @@ def test_other_groups_and_sums_cost_no_more(group_rows: list[dict[str, Any]]) ->
             assert len(row["loops"][0]["groups"]) <= 2, case(row)
     assert {row["target"] for row in group_rows} == set(TARGETS)
     links = {row["link"] for row in group_rows}
-    assert {"kto_kto", "rankdpo_16", "dspo", "safeguard of the batch", "dro"} <= links
+    assert {"kto", "rankdpo_16", "dspo", "safeguard of the batch", "dro"} <= links
