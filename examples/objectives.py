@@ -16,9 +16,9 @@ from fastpref import dispatch, inversion
 Functions: TypeAlias = Mapping[str, Callable[..., Any]]
 
 LOSSES: dict[str, Callable[..., fastpref.LossOutput]] = {
-    name.removesuffix("_loss"): getattr(fastpref, name)
-    for name in dir(fastpref)
-    if name.endswith("_loss") and name != "pair_loss"
+    name.removesuffix("_loss"): function
+    for name, function in vars(fastpref.losses.pairs).items()
+    if name.endswith("_loss") and function.__module__ == fastpref.losses.pairs.__name__
 }
 INVERSIONS: dict[str, Callable[..., inversion.Inverted]] = {
     "ddim": inversion.ddim_inversion,
@@ -57,7 +57,7 @@ def parameters(function: Callable[..., Any]) -> dict[str, Any]:
     if "knobs" not in known:
         return defaults
     (kind,) = re.findall(r"Unpack\[(\w+)\]", known["knobs"].annotation)
-    return dict.fromkeys(getattr(dispatch, kind).__annotations__) | defaults
+    return dict.fromkeys(function.__globals__[kind].__annotations__) | defaults
 
 
 def described(function: Callable[..., Any], name: str) -> str:

@@ -14,21 +14,27 @@ from . import inversion as inversion  # noqa: E402
 from . import links as links  # noqa: E402
 from . import losses as _losses  # noqa: E402
 from . import modules as _modules  # noqa: E402
+from . import preferences as preferences  # noqa: E402
 from .conventions import CONVENTIONS as CONVENTIONS  # noqa: E402
 from .conventions import convert_beta as convert_beta  # noqa: E402
-from .dispatch import LossOutput as LossOutput  # noqa: E402
+from .dispatch import PairErrors as PairErrors  # noqa: E402
 from .dispatch import losses_from_errors as losses_from_errors  # noqa: E402
+from .dispatch import pair_errors as pair_errors  # noqa: E402
 from .dispatch import pair_loss as pair_loss  # noqa: E402
 from .health import Health as Health  # noqa: E402
 from .health import health as health  # noqa: E402
 from .losses import *  # noqa: E402, F403
 from .modules import *  # noqa: E402, F403
+from .outputs import LossOutput as LossOutput  # noqa: E402
+from .outputs import SampleOutput as SampleOutput  # noqa: E402
+from .preferences import smoothed_preference as smoothed_preference  # noqa: E402
 
 if not _typing.TYPE_CHECKING:  # checkers see the imports, and could not work this out
     __all__ = sorted(
         {
-            *("CONVENTIONS", "Health", "LossOutput", "convert_beta", "health", "inversion"),
-            *("links", "losses_from_errors", "pair_loss", "register_link"),
+            *("CONVENTIONS", "Health", "LossOutput", "PairErrors", "SampleOutput"),
+            *("convert_beta", "health", "inversion", "links", "losses_from_errors"),
+            *("pair_errors", "pair_loss", "preferences", "register_link", "smoothed_preference"),
             *_losses.__all__,
             *_modules.__all__,
         }

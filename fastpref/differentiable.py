@@ -5,26 +5,27 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastpref_kernels.knobs import live, pair_losses
+from fastpref_kernels.knobs import live
+from fastpref_kernels.links import Group
 
+from .batch import Batch
 from .context import readable, transformed
-from .pairs import Pairs
+from .linked import linked, reduced
 from .sums import (
     Options,
     Side,
+    cross_of,
     gaps,
-    kinds_of,
+    of_members,
     per_sample,
-    reduce,
     sides_of,
     squares,
     stats_of,
-    swapped,
 )  # fmt: skip
 
 
@@ -57,39 +58,75 @@ def _largest(pred: Tensor, target: Tensor, *ref: Tensor) -> Tensor:
     return 4.0 * sum(((each - target).square() for each in ref), start=total)
 
 
-def pair_loss_differentiably(pairs: Pairs, options: Options) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if pairs.wide else torch.float32
-    uses = live(options.link, options.scalars)
-    sides = sides_of(pairs)
-    of_err = _of_sides((uses.err_w, uses.err_l), pairs, len(sides))
-    of_gap = _of_sides((uses.gap_w, uses.gap_l), pairs, len(sides))
-    sums = [_gated_sums(*each, options, dtype) for each in zip(sides, of_err, of_gap, strict=True)]
-    kinds = kinds_of(sums)
-    errors, gaps = (swapped(kind, pairs.swap) for kind in kinds[:2])
-    per_pair, *_, margin = pair_losses(options.link, tuple(errors), tuple(gaps), options.scalars)
-    return reduce(per_pair, options.reduction), stats_of(pairs, kinds, margin)
+def loss_differentiably(batch: Batch, options: Options) -> tuple[Tensor, Tensor]:
+    """As `reference.loss_of`."""
+    dtype = torch.float64 if batch.is_fp64 else torch.float32
+    kinds, cross = sums_differentiably(batch, options, _live(batch, options), dtype)
+    losses, _, margin = linked(batch, options, kinds, cross)
+    stats = stats_of(kinds, cross, margin)
+    return reduced(losses, options), stats
 
 
-def _of_sides(live: tuple[Any, Any], pairs: Pairs, n_sides: int) -> list[Any]:
-    """What is live, of winners and losers, for each side: a bool, or a tensor (S, B)."""
-    first, second = live[::-1] if pairs.swap else live
-    if n_sides == 1 and isinstance(first, bool) and first is second:
-        return [first]
+def sums_differentiably(
+    batch: Batch, options: Options, uses: Live, dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor | None]:
+    """(members, B) of each kind, and the cross sums, which are constants."""
+    sides = sides_of(batch, options.huber_c)
+    of_err, of_gap, of_drift = (_of_sides(each, batch, len(sides)) for each in uses)
+    each = zip(sides, of_err, of_gap, of_drift, strict=True)
+    kinds = of_members([_gated_sums(*side, options, dtype) for side in each])
+    if not options.cross:
+        return kinds, None
+    constants = [side._replace(pred=side.pred.detach()) for side in sides]
+    return kinds, cross_of(constants, options.error_reduction, dtype)
+
+
+class Live(NamedTuple):
+    """What the loss depends on of each member: through errors, gaps and drifts. Each is a bool, or
+    a tensor of shape () or (B,)."""
+
+    err: tuple[Any, ...]
+    gap: tuple[Any, ...]
+    drift: tuple[Any, ...]
+
+
+def _live(batch: Batch, options: Options) -> Live:
+    around = options.around
+    if isinstance(options.link, Group):
+        uses = options.link.live(*options.scalars)
+        if around.weight is not None:
+            uses = uses & (around.weight != 0.0)
+        each: tuple[Any, ...] = (uses,) * batch.members
+        if batch.lengths is not None:
+            each = tuple(uses & (batch.lengths > m) for m in range(batch.members))
+        return Live(each, each, each)
+    of = live(options.link, options.scalars)
+    drift: tuple[Any, ...] = (False, False)
+    if around.drift_weight is not None:
+        drift = (around.drift_weight != 0.0,) * 2
+    err, gap = (of.err_w, of.err_l), (of.gap_w, of.gap_l)
+    return Live(err[::-1], gap[::-1], drift) if batch.swap else Live(err, gap, drift)
+
+
+def _of_sides(live: tuple[Any, ...], batch: Batch, n_sides: int) -> list[Any]:
+    """What is live, of all members or of each, for each side: a bool, or a tensor (S, B)."""
+    if n_sides == 1 and isinstance(live[0], bool) and all(each is live[0] for each in live):
+        return [live[0]]
 
     def rows(value: Any) -> Tensor:
-        like = torch.zeros(pairs.n_pairs, dtype=torch.bool, device=pairs.device)
+        like = torch.zeros(batch.n_groups, dtype=torch.bool, device=batch.device)
         return like | value
 
     if n_sides == 1:
-        return [torch.stack([rows(first), rows(second)])]
-    return [each if isinstance(each, bool) else rows(each)[None] for each in (first, second)]
+        return [torch.stack([*map(rows, live)])]
+    return [each if isinstance(each, bool) else rows(each)[None] for each in live]
 
 
 def _gated_sums(
-    side: Side, err_live: Any, gap_live: Any, options: Options, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_sums`. Gradients go by the errors and by the gaps of the rows in which these are
-    live."""
+    side: Side, err_live: Any, gap_live: Any, drift_live: Any, options: Options, dtype: torch.dtype
+) -> list[Tensor]:
+    """As `reference._sums`. Gradients go by the errors, by the gaps and by the drifts of the rows
+    in which these are live."""
     pred, target = side.pred.to(dtype), side.target.to(dtype)
     ref = None if side.ref is None else side.ref.to(dtype)
     of_ref = [] if ref is None or ref.dim() == 2 else [ref]
@@ -98,7 +135,7 @@ def _gated_sums(
         if transformed():  # the mask may be differentiated by, where it is 0 too
             hidden = hidden & ~_largest(pred, target, *of_ref).isfinite()
         pred, target, *of_ref = (torch.where(hidden, 0.0, t) for t in (pred, target, *of_ref))
-    huber_c = options.huber_c
+    huber_c = side.huber_c
 
     def reduced(elements: Tensor) -> Tensor:
         return per_sample(elements, side, options.error_reduction)
@@ -107,7 +144,7 @@ def _gated_sums(
         size = functools.partial(_largest, pred, target)
         gated = gate(pred, err_live | gap_live, size)
         err = reduced(squares(gated - target, huber_c))
-        return err, err if ref is None else err - ref, err if ref is None else ref
+        return [err] if ref is None else [err, err - ref, ref]
     ref = of_ref[0]
     diff_ref = ref - target
     size = functools.partial(_largest, pred, target, ref)
@@ -118,7 +155,7 @@ def _gated_sums(
         of_err = diff.detach()
     else:
         of_err = gate(pred, err_live, size) - target
-    return (
-        reduced(squares(of_err, huber_c)), reduced(of_gap),
-        reduced(squares(diff_ref, huber_c)),
-    )  # fmt: skip
+    kinds = [squares(of_err, huber_c), of_gap, squares(diff_ref, huber_c)]
+    if options.drift:
+        kinds.append((gate(pred, drift_live, size) - ref).square())
+    return [*map(reduced, kinds)]

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias, overload
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
 from fastpref_kernels import LINKS, TRITON_MISSING, Link
-from fastpref_kernels.knobs import live, pair_losses
+from fastpref_kernels.groups import ERRORS
+from fastpref_kernels.knobs import NOTHING_AROUND, Around, live
 
 from . import ops, reference
+from .batch import Batch, Halves, Scalar, check_errors, check_pairs, halves
 from .context import no_autocast, transformed
 from .differentiable import gate
-from .pairs import Halves, Pairs, Scalar, check_errors, check_pairs, halves
-from .scalars import check_huber, check_scalars
-from .sums import cast, reduce
+from .linked import of_pairs, reduced
+from .outputs import LossOutput
+from .scalars import ANCHOR, check_guard, check_heat, check_huber, check_scalar, check_scalars
+from .sums import Options, cast
 
-Reduction: TypeAlias = Literal["mean", "sum", "none"]
+Reduction: TypeAlias = Literal["mean", "sum", "none", "dro"]
 ErrorReduction: TypeAlias = Literal["mean", "sum"]
 Impl: TypeAlias = Literal["auto", "triton", "torch"]
+SafeguardOver: TypeAlias = Literal["batch", "pair"]
 
 
 class CoreKnobs(TypedDict, total=False):
@@ -31,8 +35,13 @@ class CoreKnobs(TypedDict, total=False):
     pair_weight: Scalar
     logit_scale: Scalar
     sft_weight: Scalar
+    loser_gradient_scale: Scalar | None
+    safeguard: Scalar | None
+    safeguard_over: SafeguardOver
+    anchor_weight: Scalar | None
     error_reduction: ErrorReduction
     reduction: Reduction
+    dro_temperature: Scalar
     impl: Impl
 
 
@@ -86,76 +95,6 @@ class SwappedKnobs(CoreKnobs, total=False):
     huber_c: Scalar | None
 
 
-class LossOutput(NamedTuple):
-    """What every loss returns, for B pairs. Only `loss` carries a gradient: to add a term of your
-    own, take it from your own errors (`losses_from_errors`), or use `sft_weight` and its kin.
-
-    loss: (), or (B,) for reduction="none".
-    mse_w, mse_l: (B,) mean squared error of the prediction, winner's and loser's.
-    margin: (B,) logit of the preference; > 0 where the model prefers the winner.
-    ref_mse_w, ref_mse_l: (B,) the reference model's errors; None for losses without a reference.
-    drop_w, drop_l: (B,) policy error minus reference error, negative where the model improved, and
-        None as above. With `ref_pred` they are summed from (model_pred - ref_pred) * (model_pred +
-        ref_pred - 2 * target), and so are exact where mse_w - ref_mse_w has cancelled.
-    """
-
-    loss: Tensor
-    mse_w: Tensor
-    mse_l: Tensor
-    margin: Tensor
-    ref_mse_w: Tensor | None = None
-    ref_mse_l: Tensor | None = None
-    drop_w: Tensor | None = None
-    drop_l: Tensor | None = None
-
-    @overload
-    def metrics(
-        self, *, gather: bool = False, as_floats: Literal[False] = False
-    ) -> dict[str, Tensor]: ...
-
-    @overload
-    def metrics(self, *, gather: bool = False, as_floats: Literal[True]) -> dict[str, float]: ...
-
-    def metrics(
-        self, *, gather: bool = False, as_floats: bool = False
-    ) -> dict[str, Tensor] | dict[str, float]:
-        """Training metrics: 0-d device tensors, with no host sync. All are means over pairs, except
-        for the loss with reduction="sum", which is their sum.
-
-        accuracy: share of pairs with margin > 0; a tie counts one half.
-        gradient_factor: mean sigmoid(-margin). For losses that are softplus(-margin) it is the
-            share of the preference gradient that is left: 1/2 for margins of 0, near 0 once pairs
-            are won (or beta is too large), near 1 if they are lost. For others it says where the
-            margins are.
-
-        Args:
-            gather: average over all processes of torch.distributed's default group, weighted by
-                their numbers of pairs, the loss of reduction="sum" too, which is then no sum. All
-                of them must call this. Without a group it does nothing.
-            as_floats: return Python floats, for a progress bar. This waits for the device once.
-        """
-        won = (self.margin > 0).float().mean() + (self.margin >= 0).float().mean()
-        metrics = {
-            "loss": self.loss.detach().mean(),
-            "mse_w": self.mse_w.mean(),
-            "mse_l": self.mse_l.mean(),
-            "margin": self.margin.mean(),
-            "accuracy": won / 2,
-            "gradient_factor": torch.sigmoid(-self.margin).mean(),
-        }
-        for name in ("ref_mse_w", "ref_mse_l", "drop_w", "drop_l"):
-            value: Tensor | None = getattr(self, name)
-            if value is not None:
-                metrics[name] = value.mean()
-        if gather and torch.distributed.is_available() and torch.distributed.is_initialized():
-            sums = self.margin.numel() * torch.stack([*metrics.values(), torch.ones_like(won)])
-            torch.distributed.all_reduce(sums)
-            metrics = dict(zip(metrics, (sums[:-1] / sums[-1]).unbind(), strict=True))
-        if as_floats:
-            return dict(zip(metrics, torch.stack([*metrics.values()]).tolist(), strict=True))
-        return metrics
-
-
 def pair_loss(
     model_pred: Halves,
     target: Halves,
@@ -167,8 +106,13 @@ def pair_loss(
     sample_weight: Scalar | tuple[Scalar, Scalar] | None = None,
     huber_c: Scalar | None = None,
     swap: bool = False,
+    loser_gradient_scale: Scalar | None = None,
+    safeguard: Scalar | None = None,
+    safeguard_over: SafeguardOver = "batch",
+    anchor_weight: Scalar | None = None,
     error_reduction: ErrorReduction = "mean",
     reduction: Reduction = "mean",
+    dro_temperature: Scalar = 1.0,
     impl: Impl = "auto",
     **scalars: Scalar,
 ) -> LossOutput:
@@ -186,6 +130,7 @@ def pair_loss(
             + label_smoothing * shape(score_l, score_w)
             + sft_weight * sample_weight * err_w
             + prior_weight * sample_weight * err_l
+            + anchor_weight * (drift_w + drift_l) / 2
         )
 
     All of it happens inside the one forward launch, the reference's errors too.
@@ -214,11 +159,27 @@ def pair_loss(
             for one weight per pair, (2B,) for one per sample, winners first, or a tuple. A weight
             on the *loss* of a pair, as sd-scripts' min-SNR is, goes to pair_weight: inside the
             sigmoid it is another loss altogether.
-        huber_c: for pseudo-Huber errors, mean sqrt(d^2 + c^2) - c, instead of squares. sd-scripts'
-            smooth_l1 is twice that (sample_weight=2), its huber 2 c times it.
+        huber_c: for pseudo-Huber errors, mean sqrt(d^2 + c^2) - c, instead of squares: one number,
+            (B,) for one per pair, or (2B,) for one per sample, winners first. 0 is for L1 errors,
+            mean |d|. sd-scripts' smooth_l1 is twice that (sample_weight=2), its huber 2 c times it.
         swap: train with the labels swapped: what is said above of winners happens to losers.
+        loser_gradient_scale: what the loser's gradient is multiplied by, 0 and above, the loss
+            being as without it; one number, or (B,).
+        safeguard: Diffusion-SDPO's mu, in [0, 1], which chooses that factor so that a step lowers
+            the winner's error by at least the share mu of what it would without the loser:
+            min(1, (1 - mu) err_w / cross), cross = mean (pred_w - target_w) (pred_l - target_l),
+            and 1 where cross is not above 0 (arXiv:2511.03317; github.com/AIDC-AI/Diffusion-SDPO,
+            train.py, without its 1e-9). Only for errors that are squares.
+        safeguard_over: "batch" takes both sums over the batch, as published, and so depends on its
+            size; "pair" is ours.
+        anchor_weight: weight of the mean squared difference of model_pred and ref_pred, which it
+            needs, and which a loss without a reference then takes for this alone.
         error_reduction: "mean" or "sum" over the elements of a sample; beta depends on it.
-        reduction: "mean" or "sum" over pairs, or "none" for one loss a pair.
+        reduction: "mean" or "sum" over pairs, "none" for one loss a pair, or "dro" for
+            T log(mean(exp(loss / T))), robust optimisation under a shift of the distribution
+            (DoRA, arXiv:2504.05831): pairs of high loss count for more. Its weight of each pair is
+            pair_weight. Of a batch of one it is the loss.
+        dro_temperature: T; the higher, the nearer to the mean.
         impl: "auto" runs the Triton kernels on GPU tensors where Triton is there, and otherwise
             PyTorch; "triton" and "torch" run just that, or raise.
         scalars: the link's hyper-parameters by name, its defaults where none is given; and
@@ -226,8 +187,7 @@ def pair_loss(
             link's: 1 for mapo, orpo and sft, else 0) and prior_weight (0). Three traps:
 
             - loser_weight scales the loser's score, and so the loss and the margin. To scale the
-              loser's gradient only (Diffusion-SDPO), pass the losers' prediction as
-              ``l.detach() + scale * (l - l.detach())``.
+              loser's gradient only, use loser_gradient_scale.
             - sft_weight multiplies the winner's error as it is reduced. With
               error_reduction="sum", a weight meant for a mean (SimpleTuner's) is
               ``sft_weight / n_elements``.
@@ -247,16 +207,34 @@ def pair_loss(
         RuntimeError: a second derivative through the kernels.
     """
     chosen = _check_options(link, reduction, error_reduction)
-    _check_reference(chosen, "ref_pred or ref_mse", ref_pred is not None or ref_mse is not None)
-    pairs = check_pairs(model_pred, target, ref_pred, ref_mse, mask, swap)
-    device = pairs.device
-    numbers = check_scalars(chosen, scalars, sample_weight, pairs.n_pairs, device, swap)
-    huber = check_huber(huber_c, device)
-    run = ops.pair_loss if _takes_triton(impl, pairs) else reference.pair_loss
-    loss, stats = run(chosen, numbers, pairs, huber, reduction, error_reduction)
-    if pairs.ref[0] is None:
-        return LossOutput(loss, *stats.unbind()[:3])
-    mse_w, mse_l, drop_w, drop_l, ref_w, ref_l, margin, *_ = stats.unbind()
+    _check_reference(
+        chosen, "ref_pred or ref_mse", ref_pred is not None or ref_mse is not None, anchor_weight
+    )
+    batch = check_pairs(model_pred, target, ref_pred, ref_mse, mask, swap)
+    n_pairs, device = batch.n_groups, batch.device
+    numbers = check_scalars(chosen, scalars, sample_weight, n_pairs, device, swap)
+    huber = None if huber_c is None else check_huber(huber_c, n_pairs, 2 * n_pairs, device)
+    around = NOTHING_AROUND
+    guarded = safeguard is not None or loser_gradient_scale is not None
+    if guarded or anchor_weight is not None or reduction == "dro":
+        guard = check_guard(loser_gradient_scale, safeguard, safeguard_over, n_pairs, device)
+        if anchor_weight is not None:
+            if ref_pred is None:
+                raise ValueError(
+                    "anchor_weight was given, but ref_pred, which it needs, is missing"
+                )
+            anchor_weight = check_scalar("anchor_weight", anchor_weight, ANCHOR, n_pairs, device)
+        if safeguard is not None and huber is not None:
+            raise ValueError("safeguard was given with huber_c; expected errors that are squares")
+        around = Around(*guard, anchor_weight, None, check_heat(reduction, dro_temperature, device))
+    options = Options(chosen, numbers, huber, reduction, error_reduction, around)
+    run = ops.loss_of if takes_triton(impl, batch) else reference.loss_of
+    loss, stats = run(batch, options)
+    each = stats.unbind()
+    if batch.ref[0] is None:
+        return LossOutput(loss, each[0], each[1], each[2 + options.cross])
+    mse_w, mse_l, drop_w, drop_l, ref_w, ref_l, *rest = each
+    margin = rest[2 * options.drift + options.cross]
     return LossOutput(loss, mse_w, mse_l, margin, ref_w, ref_l, drop_w, drop_l)
 
 
@@ -265,9 +243,12 @@ def losses_from_errors(
     *,
     link: str | Link,
     ref_mse: Halves | None = None,
+    gap: Halves | None = None,
     sample_weight: Scalar | tuple[Scalar, Scalar] | None = None,
     swap: bool = False,
+    loser_gradient_scale: Scalar | None = None,
     reduction: Reduction = "mean",
+    dro_temperature: Scalar = 1.0,
     **scalars: Scalar,
 ) -> LossOutput:
     """The same losses from errors that a trainer has already: of each sample, and differentiable.
@@ -276,38 +257,109 @@ def losses_from_errors(
         mse: (2B,) errors with the B winners' first, or a tuple of (B,) each; means or sums over
             elements, with whatever weights and masks. The loss is differentiated by them.
         ref_mse: the reference's, for links that need a reference; constants.
+        gap: instead of ref_mse, mse less the reference's, as `pair_errors` has it, without the
+            cancellation of mse - ref_mse. The loss is differentiated by it, too.
         link: a name in `fastpref_kernels.LINKS`, such as mapo or dpo_<loss_type>, or a `Link`.
             Diffusion-NPO is dpo_sigmoid with swap=True and beta=2000.
 
     All else is as in `pair_loss`. In PyTorch, on any device: (B,) numbers need no kernel of ours.
     """
     chosen = _check_options(link, reduction)
-    operand, ref, n_pairs = check_errors(mse, ref_mse)
-    _check_reference(chosen, "ref_mse", ref_mse is not None)
-    errors = halves(operand, n_pairs, swap)
+    if gap is not None and ref_mse is not None:
+        raise ValueError("ref_mse and gap were both given; expected only one of them")
+    operand, ref, n_pairs = check_errors(mse, ref_mse, gap)
+    _check_reference(chosen, "ref_mse or gap", ref_mse is not None or gap is not None)
+    errors = halves(operand, n_pairs)
     device = errors[0].device
     numbers = check_scalars(chosen, scalars, sample_weight, n_pairs, device, swap)
+    guard = check_guard(loser_gradient_scale, None, "pair", n_pairs, device)
     given = (*errors, *(r for r in ref if r is not None))
     dtype = torch.float64 if any(e.dtype == torch.float64 for e in given) else torch.float32
     with no_autocast(device):
-        err_w, err_l = (e.to(dtype) for e in errors)
+        heat = cast(check_heat(reduction, dro_temperature, device), dtype)
+        around = Around(guard[0], cast(guard[1], dtype), heat=heat)
         numbers = [cast(number, dtype) for number in numbers]
-        uses = live(chosen, numbers)
-        err_w = gate(err_w, uses.err_w | uses.gap_w, err_w.detach)
-        err_l = gate(err_l, uses.err_l | uses.gap_l, err_l.detach)
-        gap_w, gap_l = err_w, err_l
-        if ref[0] is not None:
-            ref_w, ref_l = (e.to(dtype) for e in halves(ref, n_pairs, swap))
-            gap_w, gap_l = err_w - ref_w, err_l - ref_l
-        per_pair, _, _, margin = pair_losses(chosen, (err_w, err_l), (gap_w, gap_l), numbers)
-    loss = reduce(per_pair, reduction)
-    results = [(err_w, err_l)]
-    if ref[0] is not None:
-        results += [(ref_w, ref_l), (gap_w, gap_l)]
+        options = Options(chosen, numbers, None, reduction, "mean", around)
+        of_err, of_gap = _live(options, swap)
+        both = torch.stack([e.to(dtype) for e in errors])
+        if ref[0] is None:
+            kinds = [_gated(both, of_err)]
+        else:
+            of_ref = torch.stack([e.to(dtype) for e in halves(ref, n_pairs)])
+            if gap is None:
+                both = _gated(both, [e | g for e, g in zip(of_err, of_gap, strict=True)])
+                kinds = [both, both - of_ref, of_ref]
+            else:
+                both, of_ref = _gated(both, of_err), _gated(of_ref, of_gap)
+                kinds = [both, of_ref, both - of_ref]
+        losses, _, margin = of_pairs(options, kinds, None, swap)
+        loss = reduced(losses, options)
     # Clones: an output never shares memory with an input or with what backward reads.
-    each = [e.detach().clone() for pair in results for e in (pair[::-1] if swap else pair)]
-    mse_w, mse_l, *of_ref = each
-    return LossOutput(loss, mse_w, mse_l, margin.detach(), *of_ref)
+    each = [e.detach().clone() for kind in kinds for e in kind]
+    if len(kinds) == 1:
+        return LossOutput(loss, each[0], each[1], margin.detach())
+    mse_w, mse_l, drop_w, drop_l, ref_w, ref_l = each
+    return LossOutput(loss, mse_w, mse_l, margin.detach(), ref_w, ref_l, drop_w, drop_l)
+
+
+def _live(options: Options, swap: bool) -> tuple[list[Any], list[Any]]:
+    """Which errors, and which gaps, a loss depends on."""
+    assert isinstance(options.link, Link)
+    uses = live(options.link, options.scalars)
+    err, gap = [uses.err_w, uses.err_l], [uses.gap_w, uses.gap_l]
+    return (err[::-1], gap[::-1]) if swap else (err, gap)
+
+
+def _gated(rows: Tensor, uses: list[Any]) -> Tensor:
+    """(2, B), cut off from their gradients where nothing depends on them."""
+    each = zip(rows.unbind(), uses, strict=True)
+    return torch.stack([gate(row, of, row.detach) for row, of in each])
+
+
+class PairErrors(NamedTuple):
+    """(B,) each, differentiable: the errors of winners and losers, and with a reference their gaps,
+    errors less the reference's; else None."""
+
+    mse_w: Tensor
+    mse_l: Tensor
+    gap_w: Tensor | None = None
+    gap_l: Tensor | None = None
+
+
+def pair_errors(
+    model_pred: Halves,
+    target: Halves,
+    ref_pred: Halves | None = None,
+    *,
+    ref_mse: Halves | None = None,
+    mask: Halves | None = None,
+    huber_c: Scalar | None = None,
+    error_reduction: ErrorReduction = "mean",
+    impl: Impl = "auto",
+) -> PairErrors:
+    """The errors of pairs, for a loss of your own: one launch forward, and one backward.
+
+        mse = mean (model_pred - target)^2
+        gap = mse - mse of the reference, as mean (model_pred - ref_pred) * (model_pred + ref_pred -
+              2 * target), which has not cancelled
+
+    They go into `losses_from_errors`, where a number of the loss depends on the margins of the same
+    batch (auto-beta, an alpha that follows the batch)::
+
+        errors = fastpref.pair_errors(model_pred, target, ref_pred)
+        beta = 0.2 / (errors.gap_l - errors.gap_w).detach().abs().mean()
+        out = fastpref.losses_from_errors(errors[:2], gap=errors[2:], link="dpo_sigmoid", beta=beta)
+
+    Args: as in `pair_loss`. Gradients are with respect to model_pred. Under torch.compile, and
+    where somebody differentiates twice, they are PyTorch's own operations.
+    """
+    check_reductions("none", error_reduction)
+    batch = check_pairs(model_pred, target, ref_pred, ref_mse, mask)
+    n_pairs = batch.n_groups
+    huber = None if huber_c is None else check_huber(huber_c, n_pairs, 2 * n_pairs, batch.device)
+    options = Options(ERRORS, (), huber, "none", error_reduction)
+    run = ops.errors_of if takes_triton(impl, batch) else reference.errors_of
+    return PairErrors(*run(batch, options))
 
 
 def _check_options(link: str | Link, reduction: str, error_reduction: str = "mean") -> Link:
@@ -317,37 +369,43 @@ def _check_options(link: str | Link, reduction: str, error_reduction: str = "mea
         link = LINKS[link]
     elif not isinstance(link, Link):
         raise TypeError(f"link must be a name or a Link, got a {type(link).__name__}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction is {reduction!r}; expected "mean", "sum" or "none"')
+    check_reductions(reduction, error_reduction)
+    return link
+
+
+def check_reductions(reduction: str, error_reduction: str) -> None:
+    if reduction not in ("mean", "sum", "none", "dro"):
+        raise ValueError(f'reduction is {reduction!r}; expected "mean", "sum", "none" or "dro"')
     if error_reduction not in ("mean", "sum"):
         raise ValueError(f'error_reduction is {error_reduction!r}; expected "mean" or "sum"')
-    return link
 
 
 class MissingReference(ValueError):
     """The loss needs a reference, and nobody gave it one."""
 
 
-def _check_reference(link: Link, arguments: str, given: bool) -> None:
+def _check_reference(
+    link: Link, arguments: str, given: bool, anchor_weight: Scalar | None = None
+) -> None:
     if link.score.needs_ref and not given:
         raise MissingReference(
             f"{arguments} is missing; loss {link.name!r} compares with a reference model and needs "
             "its predictions or errors"
         )
-    if given and not link.score.needs_ref:
+    if given and not link.score.needs_ref and anchor_weight is None:
         raise ValueError(f"{arguments} was given, but loss {link.name!r} uses no reference model")
 
 
-def _takes_triton(impl: str, pairs: Pairs) -> bool:
+def takes_triton(impl: str, batch: Batch) -> bool:
     """Whether the kernels run; an explicit "triton" never falls back."""
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f'impl is {impl!r}; expected "auto", "triton" or "torch"')
     if impl == "torch":
         return False
-    device = pairs.device.type
+    device = batch.device.type
     if TRITON_MISSING:
         obstacle = TRITON_MISSING
-    elif pairs.wide:
+    elif batch.is_fp64:
         obstacle = "a tensor is float64; the kernels take float32, float16 and bfloat16"
     elif transformed():
         obstacle = "torch.func or forward-mode AD is active, which needs PyTorch's own operations"

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from . import losses
+from .batch import Halves, Scalar
 from .conventions import DPOLossType
 from .dispatch import (
+    ErrorReduction,
     Knobs,
-    LossOutput,
     MissingReference,
     OneSidedKnobs,
     OwnErrorKnobs,
@@ -22,13 +23,16 @@ from .dispatch import (
     SwappedKnobs,
     UnsmoothedKnobs,
 )
-from .pairs import Halves, Scalar
+from .grouped import GroupKnobs, SquaresKnobs, SummedGroupKnobs
+from .losses.samples import KTOUtility
+from .outputs import LossOutput, SampleOutput
 from .scalars import unexpected
 
-STEP = ("model_pred", "target", "ref_pred", "ref_mse")  # tensors that change with every step
+# Tensors that change with every step.
+STEP = ("model_pred", "target", "ref_pred", "ref_mse", "label", "real", "score", "lengths")
 
 
-class PairLossModule(nn.Module):
+class LossModule(nn.Module):
     """A loss of this package as an nn.Module.
 
     ``DPOLoss(beta=2000.0)(model_pred, target, ref_pred)`` is ``dpo_loss(model_pred, target,
@@ -36,7 +40,7 @@ class PairLossModule(nn.Module):
     again in a call, which then goes before. Construction refuses what every call would refuse.
     """
 
-    function: ClassVar[Callable[..., LossOutput]]
+    function: ClassVar[Callable[..., Any]]
     knobs: ClassVar[type]  # the TypedDict of what the function takes as **knobs
 
     def __init__(self, **options: Any) -> None:
@@ -66,22 +70,21 @@ class PairLossModule(nn.Module):
             options["impl"] = "torch"
         if isinstance(options.get("mask"), Tensor | tuple):  # its shape is that of the step
             del options["mask"]
-        for name in needed_of(function):
-            options.setdefault(name, 0.5)
         flat = [
             v for value in options.values() for v in (value if type(value) is tuple else [value])
         ]
         tensors = [value for value in flat if isinstance(value, Tensor)]
-        n_pairs = min((len(value) for value in tensors if value.dim()), default=1)
+        n_groups = min((len(value) for value in tensors if value.dim()), default=1)
         device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
-        target = torch.zeros(n_pairs, 1, device=device)
-        pred = target if options.get("paired") is False else torch.cat([target, target])
+        step = zeros_of(function, n_groups, device)
+        if options.get("paired") is False:
+            step["model_pred"] = step["target"]
         try:
-            function(pred, target, **options)
+            function(**{**step, **options})
         except MissingReference:
-            function(pred, target, pred, **options)
+            function(**{**step, "ref_pred": step["model_pred"], **options})
 
-    def forward(self, *tensors: Any, **options: Any) -> LossOutput:
+    def forward(self, *tensors: Any, **options: Any) -> Any:
         again = self._order[: len(tensors)]
         rest = {name: value for name, value in self.options.items() if name not in again}
         return type(self).function(*tensors, **{**rest, **options})
@@ -90,22 +93,36 @@ class PairLossModule(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-def positional_of(function: Callable[..., LossOutput]) -> list[str]:
+def zeros_of(
+    function: Callable[..., Any], n_groups: int = 1, device: torch.device | None = None
+) -> dict[str, Any]:
+    """A batch of zeros that a loss takes, without a reference: pairs, samples, or lists of two."""
+    members = 1 if function.__module__ == losses.samples.__name__ else 2
+    target = torch.zeros(n_groups, 1, device=device)
+    step: dict[str, Any] = {"model_pred": target.repeat(members, 1), "target": target}
+    for name in (name for name in positional_of(function) if name in ("label", "real", "score")):
+        step[name] = torch.zeros(n_groups, 2, device=device)
+        if members == 1:
+            step[name] = step[name][:, 0]
+    return step | dict.fromkeys(needed_of(function), 0.5)
+
+
+def positional_of(function: Callable[..., Any]) -> list[str]:
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
-def needed_of(function: Callable[..., LossOutput]) -> list[str]:
+def needed_of(function: Callable[..., Any]) -> list[str]:
     """Numbers without a default, which come with the step."""
     parameters = inspect.signature(function).parameters
     names = (name for name in positional_of(function) if name not in STEP)
     return [name for name in names if parameters[name].default is None]
 
 
-# What follows is written by `python tests/derived.py`, from the functions in losses.py.
+# What follows is written by `python tests/derived.py`, from the functions in losses/.
 
 
-class MaPOLoss(PairLossModule):
+class MaPOLoss(LossModule):
     """`mapo_loss` as a module."""
 
     function = losses.mapo_loss
@@ -136,7 +153,7 @@ class MaPOLoss(PairLossModule):
         ) -> LossOutput: ...
 
 
-class DPOLoss(PairLossModule):
+class DPOLoss(LossModule):
     """`dpo_loss` as a module."""
 
     function = losses.dpo_loss
@@ -172,7 +189,7 @@ class DPOLoss(PairLossModule):
         ) -> LossOutput: ...
 
 
-class SmPOLoss(PairLossModule):
+class SmPOLoss(LossModule):
     """`smpo_loss` as a module."""
 
     function = losses.smpo_loss
@@ -207,7 +224,7 @@ class SmPOLoss(PairLossModule):
         ) -> LossOutput: ...
 
 
-class DMPOLoss(PairLossModule):
+class DMPOLoss(LossModule):
     """`dmpo_loss` as a module."""
 
     function = losses.dmpo_loss
@@ -239,7 +256,7 @@ class DMPOLoss(PairLossModule):
         ) -> LossOutput: ...
 
 
-class CaPOLoss(PairLossModule):
+class CaPOLoss(LossModule):
     """`capo_loss` as a module."""
 
     function = losses.capo_loss
@@ -272,7 +289,7 @@ class CaPOLoss(PairLossModule):
         ) -> LossOutput: ...
 
 
-class SePPOLoss(PairLossModule):
+class SePPOLoss(LossModule):
     """`seppo_loss` as a module."""
 
     function = losses.seppo_loss
@@ -305,7 +322,7 @@ class SePPOLoss(PairLossModule):
         ) -> LossOutput: ...
 
 
-class NPOLoss(PairLossModule):
+class NPOLoss(LossModule):
     """`npo_loss` as a module."""
 
     function = losses.npo_loss
@@ -337,7 +354,7 @@ class NPOLoss(PairLossModule):
         ) -> LossOutput: ...
 
 
-class BudgetDPOLoss(PairLossModule):
+class BudgetDPOLoss(LossModule):
     """`budget_dpo_loss` as a module."""
 
     function = losses.budget_dpo_loss
@@ -371,7 +388,7 @@ class BudgetDPOLoss(PairLossModule):
         ) -> LossOutput: ...
 
 
-class LinearDPOLoss(PairLossModule):
+class LinearDPOLoss(LossModule):
     """`linear_dpo_loss` as a module."""
 
     function = losses.linear_dpo_loss
@@ -403,7 +420,65 @@ class LinearDPOLoss(PairLossModule):
         ) -> LossOutput: ...
 
 
-class SimPOLoss(PairLossModule):
+class DiffusionDROLoss(LossModule):
+    """`diffusion_dro_loss` as a module."""
+
+    function = losses.diffusion_dro_loss
+    knobs = Knobs
+
+    def __init__(
+        self,
+        *,
+        target_margin: Scalar = 0.001,
+        **knobs: Unpack[Knobs],
+    ) -> None:
+        super().__init__(
+            target_margin=target_margin,
+            **knobs,
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            model_pred: Halves,
+            target: Halves,
+            ref_pred: Halves | None = None,
+            *,
+            ref_mse: Halves | None = None,
+            **options: Any,
+        ) -> LossOutput: ...
+
+
+class DSPOLoss(LossModule):
+    """`dspo_loss` as a module."""
+
+    function = losses.dspo_loss
+    knobs = SquaresKnobs
+
+    def __init__(
+        self,
+        *,
+        beta: Scalar = 0.001,
+        **knobs: Unpack[SquaresKnobs],
+    ) -> None:
+        super().__init__(
+            beta=beta,
+            **knobs,
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            model_pred: Halves,
+            target: Halves,
+            ref_pred: Halves | None = None,
+            **options: Any,
+        ) -> LossOutput: ...
+
+
+class SimPOLoss(LossModule):
     """`simpo_loss` as a module."""
 
     function = losses.simpo_loss
@@ -432,7 +507,7 @@ class SimPOLoss(PairLossModule):
         ) -> LossOutput: ...
 
 
-class ORPOLoss(PairLossModule):
+class ORPOLoss(LossModule):
     """`orpo_loss` as a module."""
 
     function = losses.orpo_loss
@@ -459,7 +534,7 @@ class ORPOLoss(PairLossModule):
         ) -> LossOutput: ...
 
 
-class PSOLoss(PairLossModule):
+class PSOLoss(LossModule):
     """`pso_loss` as a module."""
 
     function = losses.pso_loss
@@ -495,7 +570,7 @@ class PSOLoss(PairLossModule):
         ) -> LossOutput: ...
 
 
-class SFTLoss(PairLossModule):
+class SFTLoss(LossModule):
     """`sft_loss` as a module."""
 
     function = losses.sft_loss
@@ -522,7 +597,7 @@ class SFTLoss(PairLossModule):
         ) -> LossOutput: ...
 
 
-class SelfNPOLoss(PairLossModule):
+class SelfNPOLoss(LossModule):
     """`self_npo_loss` as a module."""
 
     function = losses.self_npo_loss
@@ -551,19 +626,200 @@ class SelfNPOLoss(PairLossModule):
         ) -> LossOutput: ...
 
 
+class KTOLoss(LossModule):
+    """`kto_loss` as a module."""
+
+    function = losses.kto_loss
+    knobs = GroupKnobs
+
+    def __init__(
+        self,
+        *,
+        beta: Scalar = 1000.0,
+        lambda_desirable: Scalar = 1.0,
+        lambda_undesirable: Scalar = 1.0,
+        utility: KTOUtility = "kto",
+        kl: Scalar | None = None,
+        **knobs: Unpack[GroupKnobs],
+    ) -> None:
+        super().__init__(
+            beta=beta,
+            lambda_desirable=lambda_desirable,
+            lambda_undesirable=lambda_undesirable,
+            utility=utility,
+            kl=kl,
+            **knobs,
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            model_pred: Tensor,
+            target: Tensor,
+            ref_pred: Tensor | None = None,
+            label: Tensor | None = None,
+            *,
+            ref_mse: Tensor | None = None,
+            **options: Any,
+        ) -> SampleOutput: ...
+
+
+class DDOLoss(LossModule):
+    """`ddo_loss` as a module."""
+
+    function = losses.ddo_loss
+    knobs = SummedGroupKnobs
+
+    def __init__(
+        self,
+        *,
+        beta: Scalar = 0.05,
+        alpha: Scalar = 4.0,
+        error_reduction: ErrorReduction = "sum",
+        **knobs: Unpack[SummedGroupKnobs],
+    ) -> None:
+        super().__init__(
+            beta=beta,
+            alpha=alpha,
+            error_reduction=error_reduction,
+            **knobs,
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            model_pred: Tensor,
+            target: Tensor,
+            ref_pred: Tensor | None = None,
+            real: Tensor | None = None,
+            *,
+            ref_mse: Tensor | None = None,
+            **options: Any,
+        ) -> SampleOutput: ...
+
+
+class TGOLoss(LossModule):
+    """`tgo_loss` as a module."""
+
+    function = losses.tgo_loss
+    knobs = GroupKnobs
+
+    def __init__(
+        self,
+        *,
+        threshold: Scalar | None = None,
+        beta: Scalar = 1000.0,
+        confidence: Scalar = 5.0,
+        **knobs: Unpack[GroupKnobs],
+    ) -> None:
+        super().__init__(
+            threshold=threshold,
+            beta=beta,
+            confidence=confidence,
+            **knobs,
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            model_pred: Tensor,
+            target: Tensor,
+            ref_pred: Tensor | None = None,
+            score: Tensor | None = None,
+            threshold: Scalar | None = None,
+            *,
+            ref_mse: Tensor | None = None,
+            **options: Any,
+        ) -> SampleOutput: ...
+
+
+class RankDPOLoss(LossModule):
+    """`rankdpo_loss` as a module."""
+
+    function = losses.rankdpo_loss
+    knobs = GroupKnobs
+
+    def __init__(
+        self,
+        *,
+        beta: Scalar = 5000.0,
+        **knobs: Unpack[GroupKnobs],
+    ) -> None:
+        super().__init__(
+            beta=beta,
+            **knobs,
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            model_pred: Tensor,
+            target: Tensor,
+            ref_pred: Tensor | None = None,
+            score: Tensor | None = None,
+            *,
+            ref_mse: Tensor | None = None,
+            lengths: Tensor | None = None,
+            **options: Any,
+        ) -> SampleOutput: ...
+
+
+class PlackettLuceLoss(LossModule):
+    """`plackett_luce_loss` as a module."""
+
+    function = losses.plackett_luce_loss
+    knobs = GroupKnobs
+
+    def __init__(
+        self,
+        *,
+        beta: Scalar = 2500.0,
+        **knobs: Unpack[GroupKnobs],
+    ) -> None:
+        super().__init__(
+            beta=beta,
+            **knobs,
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            model_pred: Tensor,
+            target: Tensor,
+            ref_pred: Tensor | None = None,
+            score: Tensor | None = None,
+            *,
+            ref_mse: Tensor | None = None,
+            lengths: Tensor | None = None,
+            **options: Any,
+        ) -> SampleOutput: ...
+
+
 __all__ = [
     "BudgetDPOLoss",
     "CaPOLoss",
+    "DDOLoss",
     "DMPOLoss",
     "DPOLoss",
+    "DSPOLoss",
+    "DiffusionDROLoss",
+    "KTOLoss",
     "LinearDPOLoss",
     "MaPOLoss",
     "NPOLoss",
     "ORPOLoss",
     "PSOLoss",
+    "PlackettLuceLoss",
+    "RankDPOLoss",
     "SFTLoss",
     "SePPOLoss",
     "SelfNPOLoss",
     "SimPOLoss",
     "SmPOLoss",
+    "TGOLoss",
 ]

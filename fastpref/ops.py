@@ -8,7 +8,6 @@ dispatch modes), the same calls go through opaque ops, which have schemas and fa
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,65 +15,57 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
-from fastpref_kernels import TRITON_MISSING, Link
-from fastpref_kernels.links import link_of
+from fastpref_kernels import TRITON_MISSING
+from fastpref_kernels.knobs import NOTHING_AROUND, Around
+from fastpref_kernels.links import Group, link_of
 
+from .batch import Batch, plain
 from .context import intercepted, transformed
-from .pairs import Pairs, Scalar, plain
+from .sums import Options
 
 if not TRITON_MISSING:
     from fastpref_kernels import launch
 
 INTERPRETED = not TRITON_MISSING and launch.INTERPRETED
 
-_PAIRS = "Tensor pred, Tensor? pred_l, Tensor target, Tensor? target_l"
+_PREDS = "Tensor pred, Tensor? pred_l, Tensor target, Tensor? target_l, Tensor? ref, Tensor? ref_l"
 _MASK = "Tensor? mask, Tensor? mask_l, float? huber_c, Tensor? huber_t"
 
 
-def pair_loss(
-    link: Link,
-    scalars: Sequence[Scalar],
-    pairs: Pairs,
-    huber_c: Scalar | None,
-    reduction: str,
-    error_reduction: str,
-) -> tuple[Tensor, Tensor]:
-    """(loss, stats) by the kernels, as `reference.pair_loss`; stats have the factors of the
-    gradient after the margin."""
-    constants = (pairs.target, pairs.ref, pairs.mask, pairs.swap, huber_c)
-    opaque = pairs.intercepted
-    options = (link, scalars, reduction, error_reduction, opaque)
-    loss, stats = _PairLoss.apply(*pairs.pred, constants, options)
+def loss_of(batch: Batch, options: Options) -> tuple[Tensor, Tensor]:
+    """(loss, stats) by the kernels, as `reference.loss_of`; stats have more rows after the
+    margin."""
+    loss, stats = _Loss.apply(*batch.pred, batch, options)
     # Whoever changes a metric in place does not touch what backward reads.
-    return loss, stats.clone() if opaque else stats.data
+    return loss, stats.clone() if batch.intercepted else stats.data
 
 
-class _PairLoss(torch.autograd.Function):
+class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        pred: Tensor,
-        pred_l: Tensor | None,
-        constants: tuple[Any, ...],  # one argument, as options: PyTorch looks at each
-        options: tuple[Any, ...],
+        ctx: Any, pred: Tensor, pred_l: Tensor | None, batch: Batch, options: Options
     ) -> tuple[Tensor, Tensor]:
-        target, ref, mask, swap, huber = constants
-        link, scalars, *reductions, opaque = options
+        _, target, ref, mask, _, _, swap, opaque, _, _, lengths = batch
+        link, scalars, huber, reduction, error_reduction, around = options
         huber_c, huber_t = (None, huber) if isinstance(huber, Tensor) else (huber, None)
         if opaque:
-            values = [0.0 if isinstance(s, Tensor) else s for s in scalars]
-            tensors = [s if isinstance(s, Tensor) else None for s in scalars]
+            numbers = [*scalars, *around.numbers()]
+            values = [0.0 if isinstance(s, Tensor) else s for s in numbers]
+            tensors = [s if isinstance(s, Tensor) else None for s in numbers]
+            there = "".join(str(int(number is not None)) for number in around[1:])
             # by name: importing this module anew replaces the ops
             loss, stats = torch.ops.fastpref.pair_forward(
                 link.key, values, tensors, pred, pred_l, *target, *ref, *mask,
-                huber_c, huber_t, swap, *reductions,
+                huber_c, huber_t, swap, reduction, error_reduction, around.guard, there, lengths,
             )  # fmt: skip
         else:
             loss, stats = launch.pair_forward(
-                link, scalars, (pred, pred_l), target, ref, mask, swap, huber, *reductions
-            )
-        ctx.huber_c, ctx.opaque = huber_c, opaque
-        ctx.save_for_backward(stats, huber_t, pred, pred_l, *target, *mask)
+                link, scalars, (pred, pred_l), target, ref, mask, swap, huber,
+                reduction, error_reduction, _more(around, lengths),
+            )  # fmt: skip
+        ctx.huber_c, ctx.opaque, ctx.link, ctx.drift = huber_c, opaque, link, options.drift
+        read = ref if options.drift else (None, None)
+        ctx.save_for_backward(stats, huber_t, pred, pred_l, *target, *read, *mask)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         return loss, stats
@@ -101,8 +92,58 @@ class _PairLoss(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             run = functools.partial(_OnlyOnce.apply, run)
         stats, huber_t, *read = ctx.saved_tensors
-        grads = run(grad_loss, stats, *read, ctx.huber_c, huber_t, need, need_l)
+        grads = run(
+            grad_loss, stats, *read, ctx.huber_c, huber_t, need, need_l, ctx.link.key, ctx.drift
+        )
         return grads[0] if need else None, grads[-1] if need_l else None, None, None
+
+
+def _more(around: Around, lengths: Tensor | None) -> Any:
+    if around is NOTHING_AROUND and lengths is None:
+        return launch.NOTHING_MORE
+    return launch.More(lengths=lengths, around=around)
+
+
+def errors_of(batch: Batch, options: Options) -> list[Tensor]:
+    """(B,) each: the members' errors and, with a reference, their gaps."""
+    return [row for kind in _Errors.apply(*batch.pred, batch, options) for row in kind.unbind()]
+
+
+class _Errors(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, pred: Tensor, pred_l: Tensor | None, batch: Batch, options: Options
+    ) -> tuple[Tensor, ...]:
+        _, target, ref, mask, *_ = batch
+        ctx.link, ctx.huber_c = options.link, options.huber_c
+        _, stats = launch.pair_forward(
+            ctx.link, (), (pred, pred_l), target, ref, mask, False, ctx.huber_c, "none",
+            options.error_reduction,
+        )  # fmt: skip
+        ctx.save_for_backward(stats, pred, pred_l, *target, *mask)
+        ctx.set_materialize_grads(False)
+        found = (stats[:2].clone(), *([stats[2:4].clone()] if ref[0] is not None else []))
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = [grad for grad in grads if grad is not None]
+        if not given:
+            return (None,) * 4
+        total = given[0] if len(given) == 1 else given[0] + given[1]
+        stats, pred, pred_l, target, target_l, mask, mask_l = ctx.saved_tensors
+
+        def run(total: Tensor) -> list[Tensor]:
+            made = launch.pair_backward(
+                plain("grad_outputs", total.contiguous()), stats, (pred, pred_l),
+                (target, target_l), (mask, mask_l), ctx.huber_c, ctx.needs_input_grad[:2], ctx.link,
+            )  # fmt: skip
+            return [grad for grad in made if grad is not None]
+
+        again = torch.is_grad_enabled()  # create_graph=True
+        made = _OnlyOnce.apply(run, total) if again else run(total)
+        need, need_l = ctx.needs_input_grad[:2]
+        return made[0] if need else None, made[-1] if need_l else None, None, None
 
 
 class _OnlyOnce(torch.autograd.Function):
@@ -124,8 +165,9 @@ class _OnlyOnce(torch.autograd.Function):
 @torch.library.custom_op(
     "fastpref::pair_forward",
     mutates_args=(),
-    schema=f"(str link, float[] values, Tensor?[] tensors, {_PAIRS}, Tensor? ref, Tensor? ref_l,"
-    f" {_MASK}, bool swap, str reduction, str error_reduction) -> (Tensor, Tensor)",
+    schema=f"(str link, float[] values, Tensor?[] tensors, {_PREDS}, {_MASK}, bool swap,"
+    " str reduction, str error_reduction, str? guard, str there, Tensor? lengths)"
+    " -> (Tensor, Tensor)",
 )
 def pair_forward(
     link: str,
@@ -144,12 +186,20 @@ def pair_forward(
     swap: bool,
     reduction: str,
     error_reduction: str,
+    guard: str | None,
+    there: str,
+    lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    scalars = [v if t is None else t for v, t in zip(values, tensors, strict=True)]
+    """there: of the numbers around the link, which there are, 0 or 1 each."""
+    numbers = [v if t is None else t for v, t in zip(values, tensors, strict=True)]
+    n_link = len(numbers) - there.count("1")
+    rest = iter(numbers[n_link:])
+    around = Around(guard, *(next(rest) if each == "1" else None for each in there))
+    more = _more(NOTHING_AROUND if "1" not in there else around, lengths)
     huber = huber_c if huber_t is None else huber_t
     return launch.pair_forward(
-        link_of(link), scalars, (pred, pred_l), (target, target_l), (ref, ref_l), (mask, mask_l),
-        swap, huber, reduction, error_reduction,
+        link_of(link), numbers[:n_link], (pred, pred_l), (target, target_l), (ref, ref_l),
+        (mask, mask_l), swap, huber, reduction, error_reduction, more,
     )  # fmt: skip
 
 
@@ -160,17 +210,22 @@ def _launch_backward(
     pred_l: Tensor | None,
     target: Tensor,
     target_l: Tensor | None,
+    ref: Tensor | None,
+    ref_l: Tensor | None,
     mask: Tensor | None,
     mask_l: Tensor | None,
     huber_c: float | None,
     huber_t: Tensor | None,
     need: bool,
     need_l: bool,
+    link: str,
+    drift: bool,
 ) -> list[Tensor]:
     huber = huber_c if huber_t is None else huber_t
+    more = launch.More(around=Around(drift_weight=0.0)) if drift else launch.NOTHING_MORE
     grads = launch.pair_backward(
-        grad_loss, stats, (pred, pred_l), (target, target_l), (mask, mask_l),
-        huber, (need, need_l),
+        grad_loss, stats, (pred, pred_l), (target, target_l), (mask, mask_l), huber,
+        (need, need_l), link_of(link), (ref, ref_l), more,
     )  # fmt: skip
     return [grad for grad in grads if grad is not None]
 
@@ -179,22 +234,29 @@ pair_backward = torch.library.custom_op(
     "fastpref::pair_backward",
     _launch_backward,
     mutates_args=(),
-    schema=f"(Tensor grad_loss, Tensor stats, {_PAIRS}, {_MASK}, bool need, bool need_l)"
-    " -> Tensor[]",
+    schema=f"(Tensor grad_loss, Tensor stats, {_PREDS}, {_MASK}, bool need, bool need_l, str link,"
+    " bool drift) -> Tensor[]",
 )
 
 
 @pair_forward.register_fake
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    (pred, pred_l), ref, reduction = args[3:5], args[7], args[-2]
-    n_pairs = pred.shape[0] // 2 if pred_l is None else pred.shape[0]
-    loss = pred.new_empty((n_pairs,) if reduction == "none" else (), dtype=torch.float32)
-    rows = 5 if ref is None else 9
-    return loss, pred.new_empty((rows, n_pairs), dtype=torch.float32)
+    key, (pred, pred_l), ref, reduction = args[0], args[3:5], args[7], args[14]
+    guard, there = args[16:18]
+    link = link_of(key)
+    n_samples = pred.shape[0]
+    n_groups = n_samples // link.members if pred_l is None else n_samples
+    loss = pred.new_empty((n_groups,) if reduction == "none" else (), dtype=torch.float32)
+    drift, cross = there[1] == "1", guard in ("pair", "batch")
+    if isinstance(link, Group):
+        drift, cross = link.drift, link.cross
+    kinds = (1 if ref is None else 3) + drift
+    rows = launch.rows_of(link.members, kinds, drift, cross)
+    return loss, pred.new_empty((rows, n_groups), dtype=torch.float32)
 
 
 @pair_backward.register_fake
 def _fake_backward(*args: Any) -> list[Tensor]:
-    (pred, pred_l), (need, need_l) = args[2:4], args[-2:]
+    (pred, pred_l), (need, need_l) = args[2:4], args[12:14]
     given = ((pred, need), (pred_l, need_l))
     return [torch.empty_like(t) for t, needed in given if needed and t is not None]

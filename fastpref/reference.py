@@ -5,29 +5,31 @@ differentiable operations instead."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from fastpref_kernels.knobs import pair_losses
-from fastpref_kernels.links import Link
+from fastpref_kernels.knobs import NOTHING_AROUND, Around, pair_losses
+from fastpref_kernels.links import Group, Link
 
+from .batch import Batch, Scalar
 from .context import no_autocast, readable, transformed
-from .differentiable import pair_loss_differentiably
-from .pairs import Pairs, Scalar
+from .differentiable import Live, loss_differentiably, sums_differentiably
+from .linked import linked, reduced, shares_of
 from .sums import (
     Options,
     Side,
+    broadcast,
     cast,
     cast_side,
+    cross_of,
     gaps,
-    kinds_of,
     mask_size,
+    of_members,
+    over,
     per_sample,
-    reduce,
     root,
     samples,
     sides_of,
@@ -40,52 +42,59 @@ LARGE = 2**20  # elements; above it, a CPU takes one sample at a time
 FEW = 32  # pairs; up to it, a CPU works out the link in floats
 
 
-def pair_loss(
-    link: Link,
-    scalars: Sequence[Scalar],
-    pairs: Pairs,
-    huber_c: Scalar | None,
-    reduction: str,
-    error_reduction: str,
-) -> tuple[Tensor, Tensor]:
-    """(loss, stats): the loss, () or (B,) for reduction "none", and detached stats (3 or 7, B):
-    mse_w and mse_l, with a reference the gaps and its errors, winner's and loser's each, and the
-    margin.
+def loss_of(batch: Batch, options: Options) -> tuple[Tensor, Tensor]:
+    """(loss, stats): the loss, () or (B,) for reduction "none", and detached stats (rows, B): the
+    members' errors, with a reference their gaps and its errors, and the margin.
 
-    `scalars` are the link's hyper-parameters and then, all or none, the knobs.
+    The scalars are the link's hyper-parameters and then, of pairs, all or none, the knobs.
     """
-    dtype = torch.float64 if pairs.wide else torch.float32
-    with no_autocast(pairs.device):
-        *scalars, huber_c = (cast(scalar, dtype) for scalar in (*scalars, huber_c))
-        options = Options(link, scalars, huber_c, reduction, error_reduction)
-        if pairs.intercepted or transformed():
-            loss, stats = pair_loss_differentiably(pairs, options)
+    dtype = torch.float64 if batch.is_fp64 else torch.float32
+    with no_autocast(batch.device):
+        of = functools.partial(cast, dtype=dtype)
+        around = options.around
+        if around is not NOTHING_AROUND:
+            around = Around(around.guard, *map(of, around[1:]))
+        scalars = [*map(of, options.scalars)]
+        options = options._replace(scalars=scalars, huber_c=of(options.huber_c), around=around)
+        if batch.intercepted or transformed():
+            loss, stats = loss_differentiably(batch, options)
             return loss, stats.detach()
-        loss, stats = _ClosedForm.apply(*pairs.pred, pairs, options)
+        loss, stats = _ClosedForm.apply(*batch.pred, batch, options)
         return loss, stats.data  # whoever changes a metric in place changes nothing of ours
+
+
+def errors_of(batch: Batch, options: Options) -> list[Tensor]:
+    """(B,) each: the members' errors and, with a reference, their gaps; differentiable."""
+    dtype = torch.float64 if batch.is_fp64 else torch.float32
+    everything = Live((True, True), (True, True), (False, False))
+    with no_autocast(batch.device):
+        options = options._replace(huber_c=cast(options.huber_c, dtype))
+        kinds, _ = sums_differentiably(batch, options, everything, dtype)
+    return [row for kind in kinds[:2] for row in kind.unbind()]
 
 
 class _ClosedForm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, pred: Tensor, pred_l: Tensor | None, pairs: Pairs, options: Options
+        ctx: Any, pred: Tensor, pred_l: Tensor | None, batch: Batch, options: Options
     ) -> tuple[Tensor, Tensor]:
-        dtype = torch.float64 if pairs.wide else torch.float32
-        sums = kinds_of([_sums(side, options, dtype) for side in sides_of(pairs)])
-        errors, gaps = (swapped(kind, pairs.swap) for kind in sums[:2])
-        if pairs.device.type == "cpu" and pairs.n_pairs <= FEW:
-            loss, slopes, margin = _link_in_floats(options, errors, gaps)
+        dtype = torch.float64 if batch.is_fp64 else torch.float32
+        sides = sides_of(batch, options.huber_c)
+        kinds = of_members([_sums(side, options, dtype) for side in sides])
+        cross = cross_of(sides, options.error_reduction, dtype) if options.cross else None
+        if _in_floats(batch, options):
+            loss, factors, margin = _link_in_floats(batch, options, kinds)
         else:
-            per_pair, *each, margin = pair_losses(
-                options.link, tuple(errors), tuple(gaps), options.scalars
-            )
-            loss = reduce(per_pair, options.reduction)
-            slopes = torch.stack([torch.zeros_like(margin) + slope for slope in each])
-        made = stats_of(pairs, sums, margin)
-        ctx.slopes = swapped(slopes, pairs.swap)
-        ctx.rest, ctx.options = pairs[4:], options
+            losses, slopes, margin = linked(batch, options, kinds, cross)
+            loss, shares = reduced(losses, options), shares_of(losses, options)
+            none = torch.zeros_like(margin)
+            factors = torch.stack([torch.stack([none + s for s in each]) for each in slopes])
+            factors = torch.where(factors == 0.0, 0.0, factors * shares)
+        made = stats_of(kinds, cross, margin)
+        ctx.factors = factors
+        ctx.rest, ctx.options = batch[4:], options
         # The constants are for autograd to see if somebody changes them.
-        ctx.save_for_backward(pred, pred_l, *pairs.target, *pairs.ref, *pairs.mask)
+        ctx.save_for_backward(pred, pred_l, *batch.target, *batch.ref, *batch.mask)
         ctx.mark_non_differentiable(made)
         ctx.set_materialize_grads(False)
         return loss, made
@@ -98,27 +107,37 @@ class _ClosedForm(torch.autograd.Function):
             grad_loss = grad_loss.clone()
         needed = ctx.needs_input_grad[:2]
         saved = ctx.saved_tensors
-        pairs = Pairs(saved[:2], saved[2:4], saved[4:6], saved[6:], *ctx.rest)
-        with no_autocast(pairs.device):
+        batch = Batch(saved[:2], saved[2:4], saved[4:6], saved[6:], *ctx.rest)
+        with no_autocast(batch.device):
             if (
                 torch.is_grad_enabled()  # create_graph=True
                 or _functorch.is_legacy_batchedtensor(grad_loss)  # is_grads_batched=True
                 or transformed()
             ):
-                grads = _again(pairs, ctx.options, grad_loss, needed)
+                grads = _again(batch, ctx.options, grad_loss, needed)
             else:
-                grads = _closed_form(pairs, ctx.options, ctx.slopes * grad_loss, needed)
+                grads = _closed_form(batch, ctx.options, ctx.factors * grad_loss, needed)
         return *grads, None, None
 
 
+def _in_floats(batch: Batch, options: Options) -> bool:
+    """Whether the link is worked out on numbers: of a few pairs, for which one operation on tensors
+    costs more than all of a link."""
+    few = batch.device.type == "cpu" and batch.n_groups <= FEW
+    return few and not isinstance(options.link, Group) and options.around is NOTHING_AROUND
+
+
 def _link_in_floats(
-    options: Options, errors: Tensor, gaps: Tensor
+    batch: Batch, options: Options, kinds: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, slopes, margin) of a few pairs, for which one operation on tensors costs more than all
-    of a link on numbers."""
-    (err_w, err_l), (gap_w, gap_l) = errors.tolist(), gaps.tolist()
+    """(loss, factors, margin)"""
+    errors = swapped(kinds[0], batch.swap)
+    (err_w, err_l), (gap_w, gap_l) = errors.tolist(), errors.tolist()
+    if len(kinds) > 1:
+        gap_w, gap_l = swapped(kinds[1], batch.swap).tolist()
     n_pairs = len(err_w)
     scalars = [_per_pair(scalar, n_pairs) for scalar in options.scalars]
+    assert isinstance(options.link, Link)
     made = [
         pair_losses(
             options.link, (err_w[i], err_l[i]), (gap_w[i], gap_l[i]), [s[i] for s in scalars]
@@ -127,9 +146,11 @@ def _link_in_floats(
     ]
     loss, slope_w, slope_l, margin = zip(*made, strict=True)
     new = functools.partial(torch.tensor, dtype=errors.dtype, device=errors.device)
-    rows = new([slope_w, slope_l, margin])
-    total = sum(loss) / (n_pairs if options.reduction == "mean" else 1)
-    return new(loss if options.reduction == "none" else total), rows[:2], rows[2]
+    share = 1.0 / n_pairs if options.reduction == "mean" else 1.0
+    slopes = (slope_l, slope_w) if batch.swap else (slope_w, slope_l)
+    rows = new([*slopes, margin])
+    total = new(loss if options.reduction == "none" else sum(loss) * share)
+    return total, rows[:2].mul_(share)[None], rows[2]
 
 
 def _per_pair(scalar: Scalar, n_pairs: int) -> list[float]:
@@ -139,100 +160,125 @@ def _per_pair(scalar: Scalar, n_pairs: int) -> list[float]:
 
 
 def _closed_form(
-    pairs: Pairs, options: Options, factors: Tensor, needed: tuple[bool, bool]
+    batch: Batch, options: Options, factors: Tensor, needed: tuple[bool, bool]
 ) -> list[Tensor | None]:
-    """grad = factor * 2 / size * (pred - target), in the dtype and layout of pred.
+    """grad = factor * 2 / size * (pred - target), and with drift that by pred - ref, in the dtype
+    and layout of pred.
 
-    factors: (2, B), slopes times the gradient of the loss. 0 makes a gradient 0, whatever the
-    elements.
+    factors: (directions, members, B), slopes times the gradient of the loss. 0 makes a gradient 0,
+    whatever the elements.
     """
-    scale = 1.0 / pairs.n_pairs if options.reduction == "mean" else 1.0
-    scale *= 2.0 if options.huber_c is None else 1.0
     grads = [
         torch.empty_like(t) if need and t is not None else None
-        for t, need in zip(pairs.pred, needed, strict=True)
+        for t, need in zip(batch.pred, needed, strict=True)
     ]
-    sides = sides_of(pairs)
-    n = pairs.n_pairs
+    sides = sides_of(batch, options.huber_c)
+    whole = batch.pred[1] is None
+    n = batch.n_groups
     for i, side in enumerate(sides):
-        grad = grads[0] if pairs.pred[1] is None else grads[i]
+        grad = grads[0] if whole else grads[i]
         if grad is None:
             continue
-        if pairs.pred[1] is None and len(sides) == 2:
+        if whole and len(sides) == 2:
             grad = grad[i * n : (i + 1) * n]
-        rows = grad.view(side.pred.shape)
-        of_side = factors if len(sides) == 1 else factors[i : i + 1]
-        if options.error_reduction == "mean" and side.mask is None:
-            factor = of_side * (scale / side.pred[0, 0].numel())
-        else:
-            factor = of_side * scale
-            if options.error_reduction == "mean":
-                size = mask_size(side, factor.dtype)
-                factor = torch.where(size == 0, 0.0, factor) / torch.where(size == 0, 1.0, size)
-        factor = factor[(...,) + (None,) * (rows.dim() - 2)]
+        rows = grad.view(side.pred.shape) if not batch.listed else _listed(grad, side.pred, n)
+        first, *drift = factors if len(sides) == 1 else factors[:, i : i + 1]
+        factor = _scaled(first, side, options, 1.0 if options.huber_c is not None else 2.0)
+        factor = broadcast(factor, rows)
         plain = side.mask is None and options.huber_c is None
-        if plain and grad.dtype == factor.dtype:
+        if plain and grad.dtype == factor.dtype and not drift:
             torch.sub(side.pred, side.target, out=rows).mul_(factor)
-        else:
-            pred, target, _, mask = cast_side(side, factor.dtype)
-            diff = pred - target
-            if mask is not None:
-                diff = torch.where(mask == 0, 0.0, diff)
-            slopes = diff if options.huber_c is None else diff / root(diff, options.huber_c)
-            rows.copy_(factor * (slopes if side.mask is None else side.mask * slopes))
-        if not readable(factor) or 0.0 in factor.flatten().tolist():
-            rows.masked_fill_(factor == 0, 0.0)
+            if _may_be_0(factor):
+                rows.masked_fill_(factor == 0, 0.0)
+            continue
+        cast = cast_side(side, factor.dtype)
+        diff = _off(cast.pred, cast.target, side.mask)
+        if options.huber_c is not None:
+            diff = over(diff, root(diff, side.huber_c))
+        made = _product(factor, diff)
+        if drift:
+            assert cast.ref is not None
+            factor = broadcast(_scaled(drift[0], side, options, 2.0), rows)
+            moved = _off(cast.pred, cast.ref, side.mask)
+            made = made + _product(factor, moved)
+        rows.copy_(made if side.mask is None else side.mask * made)
     return grads
 
 
+def _product(factor: Tensor, rows: Tensor) -> Tensor:
+    product = factor * rows
+    return torch.where(factor == 0, 0.0, product) if _may_be_0(factor) else product
+
+
+def _may_be_0(factor: Tensor) -> bool:
+    return not readable(factor) or 0.0 in factor.flatten().tolist()
+
+
+def _listed(grad: Tensor, pred: Tensor, n: int) -> Tensor:
+    """A view of the rows of lists as `sides_of` has those of pred."""
+    return grad.view(n, len(pred), *pred.shape[2:]).transpose(0, 1)
+
+
+def _scaled(factor: Tensor, side: Side, options: Options, scale: float) -> Tensor:
+    """A factor of the gradient of means or sums."""
+    if options.error_reduction == "sum":
+        return factor * scale
+    if side.mask is None:
+        return factor * (scale / side.pred[0, 0].numel())
+    size = mask_size(side, factor.dtype)
+    return torch.where(size == 0, 0.0, factor * scale) / torch.where(size == 0, 1.0, size)
+
+
+def _off(a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
+    """a - b, and 0 where the mask hides what may be anything, NaN too."""
+    return a - b if mask is None else torch.where(mask == 0, 0.0, a - b)
+
+
 def _again(
-    pairs: Pairs, options: Options, grad_loss: Tensor, needed: tuple[bool, bool]
+    batch: Batch, options: Options, grad_loss: Tensor, needed: tuple[bool, bool]
 ) -> list[Tensor | None]:
     """The gradient with a graph of its own."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        loss, _ = pair_loss_differentiably(pairs, options)
-        given = [t for t, need in zip(pairs.pred, needed, strict=True) if need and t is not None]
+        loss, _ = loss_differentiably(batch, options)
+        given = [t for t, need in zip(batch.pred, needed, strict=True) if need and t is not None]
         found = iter(torch.autograd.grad(loss, given, grad_loss, create_graph=create_graph))
     return [next(found) if need else None for need in needed]
 
 
 def _sums(side: Side, options: Options, dtype: torch.dtype) -> list[Tensor]:
-    """(S, B) each: errors, and with a reference what they are above its own, and those. On a CPU,
-    large tensors a sample at a time: fresh memory costs more there than arithmetic."""
+    """(S, B) each: errors, and with a reference what they are above its own, those, and the drift.
+    On a CPU, large tensors a sample at a time: fresh memory costs more there than arithmetic."""
     shape, on_cpu = side.pred.shape[:2], side.pred.device.type == "cpu"
     if side.pred.numel() > LARGE and on_cpu and shape.numel() > 1:
         each = [_sums(sample, options, dtype) for sample in samples(side)]
         return [torch.cat(kind).view(shape) for kind in zip(*each, strict=True)]
-    pred, target, ref, mask = cast_side(side, dtype)
-    hidden = None if mask is None else mask == 0  # what it hides may be anything, NaN too
+    pred, target, ref, mask, huber_c = cast_side(side, dtype)
 
-    def off(a: Tensor, b: Tensor) -> Tensor:
-        return a - b if hidden is None else torch.where(hidden, 0.0, a - b)
-
-    def reduced(elements: Tensor) -> Tensor:
+    def of_samples(elements: Tensor) -> Tensor:
         return per_sample(elements, side, options.error_reduction)
 
-    plain = options.huber_c is None
-    diff = off(pred, target)
+    plain = huber_c is None
+    diff = _off(pred, target, mask)
     if ref is None:
-        return [reduced(diff.square_() if plain else squares(diff, options.huber_c))]
-    elements = squares(diff, options.huber_c)
-    err = reduced(elements)
+        return [of_samples(diff.square_() if plain else squares(diff, huber_c))]
+    elements = squares(diff, huber_c)
+    err = of_samples(elements)
     if ref.dim() == 2:
         return [err, err - ref, ref]
-    if plain and on_cpu and hidden is None:
+    drift = [of_samples(_off(pred, ref, mask).square_())] if options.drift else []
+    if plain and on_cpu and mask is None:
         # (pred - ref) * (pred - target + ref - target), with fewer passes over the memory
         moved = torch.sub(pred, ref, out=elements)
-        gap = 2.0 * reduced(diff.sub_(moved, alpha=0.5).mul_(moved))
+        gap = 2.0 * of_samples(diff.sub_(moved, alpha=0.5).mul_(moved))
         of_ref = err - gap
         if not _far_from_cancelling(of_ref, err):
-            of_ref = reduced((ref - target).square_())
-        return [err, gap, of_ref]
-    moved = off(pred, ref)
-    diff_ref = off(ref, target)
-    of_ref = reduced(squares(diff_ref, options.huber_c))
-    return [err, reduced(gaps(moved, diff, diff_ref, options.huber_c)), of_ref]
+            of_ref = of_samples((ref - target).square_())
+        return [err, gap, of_ref, *drift]
+    moved = _off(pred, ref, mask)
+    diff_ref = _off(ref, target, mask)
+    of_ref = of_samples(squares(diff_ref, huber_c))
+    return [err, of_samples(gaps(moved, diff, diff_ref, huber_c)), of_ref, *drift]
 
 
 def _far_from_cancelling(difference: Tensor, of: Tensor) -> bool:

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from fastpref_kernels import KNOBS, Link
-from fastpref_kernels.links import POSITIVE, Hyper
+from fastpref_kernels.links import NOT_NEGATIVE, POSITIVE, UNIT, Hyper
 
+from .batch import Scalar, plain
 from .context import readable
-from .pairs import Scalar, plain
 
 _NAMES = {key: key for key in KNOBS if not key.startswith("sample_weight")}  # which comes apart
-_OTHERS = ("sample_weight", "mask", "huber_c", "swap", "error_reduction", "reduction", "impl")
+_OTHERS = (
+    "sample_weight", "mask", "huber_c", "swap", "loser_gradient_scale", "safeguard",
+    "safeguard_over", "anchor_weight", "error_reduction", "reduction", "dro_temperature", "impl",
+)  # fmt: skip
 
 
 def check_scalars(
@@ -82,8 +85,41 @@ def unexpected(owner: str, names: Sequence[str], accepted: Sequence[str]) -> str
     return f"{owner} got unexpected {what} {', '.join(names)}; it accepts {', '.join(accepted)}"
 
 
-def check_huber(value: Any, device: torch.device) -> Scalar | None:
-    return None if value is None else check_scalar("huber_c", value, Hyper(), None, device)
+ANCHOR = Hyper(0.0, NOT_NEGATIVE)
+HUBER = Hyper(None, NOT_NEGATIVE)
+
+
+def check_huber(value: Any, n_groups: int, n_samples: int, device: torch.device) -> Scalar:
+    """One number, or one for each group or sample."""
+    per_sample = isinstance(value, Tensor) and value.dim() == 1 and value.shape[0] == n_samples
+    return check_scalar("huber_c", value, HUBER, n_samples if per_sample else n_groups, device)
+
+
+def check_guard(
+    scale: Any, safeguard: Any, over: str, n_pairs: int, device: torch.device
+) -> tuple[str | None, Scalar | None]:
+    """The guard of `knobs.Around` and its number."""
+    if over not in ("batch", "pair"):
+        raise ValueError(f'safeguard_over is {over!r}; expected "batch" or "pair"')
+    if scale is not None and safeguard is not None:
+        raise ValueError(
+            "loser_gradient_scale and safeguard were both given; expected only one of them"
+        )
+    if scale is not None:
+        return "given", check_scalar("loser_gradient_scale", scale, ANCHOR, n_pairs, device)
+    if safeguard is None:
+        return None, None
+    per_pair = n_pairs if over == "pair" else None
+    return over, check_scalar("safeguard", safeguard, Hyper(None, UNIT), per_pair, device)
+
+
+def check_heat(reduction: str, temperature: Any, device: torch.device) -> Scalar | None:
+    """The temperature of the log-mean-exp; it must go with it."""
+    if reduction == "dro":
+        return check_scalar("dro_temperature", temperature, Hyper(), None, device)
+    if isinstance(temperature, Tensor) or temperature != 1.0:
+        raise ValueError(f'dro_temperature was given, but reduction is {reduction!r}, not "dro"')
+    return None
 
 
 def _of_samples(weight: Any, n_pairs: int, swap: bool) -> dict[str, Any]:

@@ -1,5 +1,4 @@
-"""The sums of the samples in PyTorch: how operands lie, what is summed of an element, and the order
-of the results."""
+"""The sums of the samples in PyTorch: how operands lie, and what is summed of an element."""
 
 from __future__ import annotations
 
@@ -9,25 +8,33 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref_kernels.links import Link
+from fastpref_kernels.knobs import NOTHING_AROUND, Around
+from fastpref_kernels.links import Group, Link
 
-from .pairs import Pairs, Scalar, halves
+from .batch import Batch, Operand, Scalar, halves
 
 
 class Options(NamedTuple):
-    """What `pair_loss` takes besides the tensors of pairs."""
+    """What a loss takes besides its tensors."""
 
-    link: Link
+    link: Link | Group
     scalars: Sequence[Scalar]
     huber_c: Scalar | None
     reduction: str
     error_reduction: str
+    around: Around = NOTHING_AROUND
 
+    @property
+    def drift(self) -> bool:
+        """Whether the loss depends on the mean squared difference from the reference."""
+        of_group = isinstance(self.link, Group) and self.link.drift
+        return of_group or self.around.drift_weight is not None
 
-def reduce(per_pair: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return per_pair
-    return per_pair.mean() if reduction == "mean" else per_pair.sum()
+    @property
+    def cross(self) -> bool:
+        """Whether it depends on the mean product of what the samples of a pair are off."""
+        of_group = isinstance(self.link, Group) and self.link.cross
+        return of_group or self.around.guard in ("pair", "batch")
 
 
 def cast(scalar: Any, dtype: torch.dtype) -> Any:
@@ -36,36 +43,47 @@ def cast(scalar: Any, dtype: torch.dtype) -> Any:
 
 
 class Side(NamedTuple):
-    """Some samples of every pair, (S, B, ...): winners and losers stacked, S = 2, or one of them,
-    S = 1. What pairs share is (1, B, ...). ref may also be errors, (S, B)."""
+    """Some samples of every group, (S, B, ...): all members, or of pairs one, S = 1. What a group
+    shares is (1, B, ...). ref may also be errors, (S, B). huber_c: a number, or (S or 1, B)."""
 
     pred: Tensor
     target: Tensor
     ref: Tensor | None
     mask: Tensor | None
+    huber_c: Any = None
 
 
-def sides_of(pairs: Pairs) -> list[Side]:
-    """Both together where all operands are whole tensors; or else two, in the order of pred's."""
-    operands = (pairs.pred, pairs.target, pairs.ref, pairs.mask)
-    n = pairs.n_pairs
+def sides_of(batch: Batch, huber_c: Any = None) -> list[Side]:
+    """All members together where all operands are whole tensors; or else, of pairs, two sides, in
+    the order of pred's."""
+    operands = (batch.pred, batch.target, batch.ref, batch.mask)
+    c = huber_c
+    if isinstance(c, Tensor) and c.dim():
+        c = _rows(c, batch, False)
     if all(second is None for _, second in operands):
         whole = [first for first, _ in operands]
-        if all(t is None or t.is_contiguous() for t in whole):  # all elements in one dimension
-            return [Side(*[t if t is None else _flat(t, n) for t in whole])]  # type: ignore[arg-type]
-        return [Side(*[t if t is None else t.unflatten(0, (-1, n)) for t in whole])]  # type: ignore[arg-type]
-    each = (
-        (None, None) if operand[0] is None else [t[None] for t in halves(operand, n)]
-        for operand in operands
-    )
-    return [Side(*side) for side in zip(*each, strict=True)]  # type: ignore[arg-type]
+        flat = all(t is None or t.is_contiguous() for t in whole)  # all elements in one dimension
+        return [Side(*[t if t is None else _rows(t, batch, flat) for t in whole], c)]  # type: ignore[arg-type, call-arg]
+    each = [_of_each(operand, batch.n_groups) for operand in operands]
+    of_each = [c[[i % len(c)]] if isinstance(c, Tensor) and c.dim() else c for i in range(2)]
+    return [Side(*side) for side in zip(*each, of_each, strict=True)]  # type: ignore[arg-type]
 
 
-def _flat(tensor: Tensor, n: int) -> Tensor:
-    if tensor.dim() == 1:
-        return tensor.view(-1, n)
-    rows = tensor.shape[0]
-    return tensor.view(rows // n, n, tensor.numel() // rows)
+def _rows(tensor: Tensor, batch: Batch, flat: bool) -> Tensor:
+    """(S, B, ...), or (S, B, elements)."""
+    n, rows = batch.n_groups, tensor.shape[0]
+    sizes = (tensor.numel() // rows,) if flat and tensor.dim() > 1 else tensor.shape[1:]
+    if batch.listed and rows != n:
+        return tensor.reshape(n, rows // n, *sizes).transpose(0, 1)
+    return tensor.reshape(rows // n, n, *sizes)
+
+
+def _of_each(operand: Operand, n: int) -> tuple[Tensor | None, Tensor | None]:
+    if operand[0] is None:
+        return None, None
+    first, second = halves(operand, n)
+    whole = first[None]
+    return whole, whole if second is first else second[None]
 
 
 def samples(side: Side) -> list[Side]:
@@ -73,17 +91,19 @@ def samples(side: Side) -> list[Side]:
     found = []
     for s in range(side.pred.shape[0]):
         for b in range(side.pred.shape[1]):
-            at = (slice(s, s + 1), slice(b, b + 1))
-            shared = (slice(None), at[1])
-            found.append(
-                Side(*[t if t is None else t[at if len(t) > s else shared] for t in side])  # type: ignore[arg-type]
-            )
+
+            def one(t: Any, s: int = s, b: int = b) -> Any:
+                if not isinstance(t, Tensor) or t.dim() == 0:
+                    return t
+                return t[slice(s, s + 1) if len(t) > s else slice(None), b : b + 1]
+
+            found.append(Side(*map(one, side)))
     return found
 
 
 def cast_side(side: Side, dtype: torch.dtype) -> Side:
     tensors = [t if t is None or t.dtype == dtype else t.to(dtype) for t in side[:3]]
-    return Side(*tensors, side.mask)  # type: ignore[arg-type, call-arg]
+    return Side(*tensors, *side[3:])  # type: ignore[arg-type, call-arg]
 
 
 def per_sample(elements: Tensor, side: Side, error_reduction: str) -> Tensor:
@@ -104,30 +124,67 @@ def mask_size(side: Side, dtype: torch.dtype) -> Tensor:
     return side.mask.to(dtype).flatten(2).sum(2)
 
 
+def broadcast(scalar: Any, elements: Tensor) -> Any:
+    """A number for each sample, as it goes with their elements."""
+    if not isinstance(scalar, Tensor) or scalar.dim() == 0:
+        return scalar
+    return scalar[(...,) + (None,) * (elements.dim() - scalar.dim())]
+
+
 def root(diff: Tensor, c: Any) -> Tensor:
-    return (diff.square() + c * c).sqrt()
+    """sqrt(diff^2 + c^2), whose slope at 0 is 0 for c = 0 as well."""
+    if not isinstance(c, Tensor) and c > 0.0:
+        return (diff.square() + c * c).sqrt()
+    value = diff.square() + broadcast(c, diff) ** 2
+    none = value == 0.0
+    return torch.where(none, 0.0, torch.where(none, 1.0, value).sqrt())
+
+
+def over(value: Tensor, divisor: Tensor) -> Tensor:
+    """value / divisor, where only 0 is divided by 0."""
+    return value / torch.where(divisor == 0.0, 1.0, divisor)
 
 
 def squares(diff: Tensor, huber_c: Any) -> Tensor:
     """Each element's part of the error: its square, or sqrt(diff^2 + c^2) - c."""
-    return diff.square() if huber_c is None else diff.square() / (root(diff, huber_c) + huber_c)
+    if huber_c is None:
+        return diff.square()
+    return over(diff.square(), root(diff, huber_c) + broadcast(huber_c, diff))
 
 
 def gaps(moved: Tensor, diff: Tensor, diff_ref: Tensor, huber_c: Any) -> Tensor:
     """Each element's part of the error less that of the reference, `moved` being pred - ref: no
     difference of two large numbers."""
     gaps = moved * (diff + diff_ref)
-    return gaps if huber_c is None else gaps / (root(diff, huber_c) + root(diff_ref, huber_c))
+    return gaps if huber_c is None else over(gaps, root(diff, huber_c) + root(diff_ref, huber_c))
 
 
-def kinds_of(sums: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """(2, B) of each kind of sums: errors, gaps, and errors of the reference."""
-    kinds = sums[0] if len(sums) == 1 else [torch.cat(kind) for kind in zip(*sums, strict=True)]
-    return [*kinds] if len(kinds) == 3 else [kinds[0]] * 3
+def cross_of(sides: Sequence[Side], error_reduction: str, dtype: torch.dtype) -> Tensor:
+    """(B,) of pairs: the mean product of what both predictions are off their targets, which both
+    masks weigh, over the loser's size."""
+    first, last = sides if len(sides) == 2 else (_member(sides[0], 0), _member(sides[0], 1))
+    first, last = cast_side(first, dtype), cast_side(last, dtype)
+    product = (first.pred - first.target) * (last.pred - last.target)
+    if first.mask is None or last.mask is None:
+        return per_sample(product, last, error_reduction)[0]
+    product = torch.where((first.mask == 0) | (last.mask == 0), 0.0, product)
+    if first.mask is not last.mask:
+        product = first.mask * product
+    return per_sample(product, last, error_reduction)[0]
 
 
-def stats_of(pairs: Pairs, kinds: list[Tensor], margin: Tensor) -> Tensor:
-    return torch.cat([*(kinds[:1] if pairs.ref[0] is None else kinds), margin[None]])
+def _member(side: Side, s: int) -> Side:
+    return Side(*[t if t is None or len(t) == 1 else t[s : s + 1] for t in side[:4]])  # type: ignore[arg-type]
+
+
+def of_members(sums: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """(members, B) of each kind of sums, from those of the sides."""
+    return [*sums[0]] if len(sums) == 1 else [torch.cat(kind) for kind in zip(*sums, strict=True)]
+
+
+def stats_of(kinds: Sequence[Tensor], cross: Tensor | None, margin: Tensor) -> Tensor:
+    """(rows, B), as the kernels have them."""
+    return torch.cat([*kinds, *([] if cross is None else [cross[None]]), margin[None]])
 
 
 def swapped(two: Tensor, swap: bool) -> Tensor:

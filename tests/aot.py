@@ -27,7 +27,9 @@ from triton.runtime.jit import create_function_from_signature
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
 import machine_code
-from fastpref_kernels import KNOBS, LINKS, launch, pair
+from fastpref_kernels import KNOBS, LINKS, Link, groups, launch, pair
+from fastpref_kernels.knobs import NOTHING_AROUND, Around
+from fastpref_kernels.links import Group
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -179,18 +181,87 @@ def rows(targets: list[str]) -> Iterator[dict[str, Any]]:
                 yield case._asdict() | {"of_target": case.target} | compiled(recorder, name)
 
 
+class Family(NamedTuple):
+    """A training step of a loss beyond pairs of errors, or of a pair with something around it."""
+
+    link: Link | Group
+    around: Around = NOTHING_AROUND
+    lengths: bool = False
+    huber: bool = False
+    shared: bool = False
+    dtype: str = "fp32"
+
+
+def families() -> dict[str, Family]:
+    dpo = LINKS["dpo_sigmoid"]
+    numbers = torch.ones(2)
+    every: list[Group] = [
+        *groups.KTO.values(), *groups.KTO_GIVEN_KL.values(), groups.DDO, groups.TGO, groups.DSPO,
+        *(links[k] for k in (2, 4, 8, 16) for links in (groups.RANKDPO, groups.PLACKETT_LUCE)),
+    ]  # fmt: skip
+    found = {link.name: Family(link) for link in every}
+    return found | {
+        "kto, bf16": Family(groups.KTO["kto"], dtype="bf16"),
+        "kto, weights and dro": Family(groups.KTO["kto"], Around(weight=numbers, heat=1.0)),
+        "rankdpo_4, lengths": Family(groups.RANKDPO[4], lengths=True),
+        "rankdpo_4, one target, bf16": Family(groups.RANKDPO[4], shared=True, dtype="bf16"),
+        "rankdpo_4, huber": Family(groups.RANKDPO[4], huber=True),
+        "dspo, one target": Family(groups.DSPO, shared=True),
+        "pair_errors": Family(groups.ERRORS),
+        "safeguard of the batch": Family(dpo, Around("batch", 0.9)),
+        "safeguard of pairs": Family(dpo, Around("pair", numbers)),
+        "loser's gradient": Family(dpo, Around("given", 0.5)),
+        "anchor": Family(dpo, Around(drift_weight=0.5)),
+        "dro": Family(dpo, Around(heat=1.0)),
+        "dro, anchor and safeguard": Family(dpo, Around("batch", 0.9, 0.5, heat=numbers[0])),
+        "huber of samples": Family(dpo, huber=True),
+    }  # fmt: skip
+
+
+def stepped(family: Family) -> tuple[Recorder, Recorder]:
+    """The launches of one training step on two groups of 4x64x64 latents."""
+    link, members = family.link, family.link.members
+    pred = torch.zeros(2 * members, 4, 64, 64, dtype=DTYPES[family.dtype])
+    target = torch.zeros_like(pred[: 2 if family.shared else None])
+    huber = torch.ones(2 * members) if family.huber else None
+    lengths = torch.full((2,), members) if family.lengths else None
+    scalars: list[float | torch.Tensor] = [1.0] * len(link.hyper)
+    if isinstance(link, Group):
+        scalars += [torch.ones(2, members) for _ in link.of_members]
+    more = launch.More(around=family.around, lengths=lengths)
+    given = ((pred, None), (target, None))
+    ref: launch.Operand = (torch.zeros_like(pred), None)
+    each = link is groups.ERRORS
+    with recorded() as both, unplanned():
+        loss, stats = launch.pair_forward(
+            link, scalars, *given, ref, huber_c=huber, reduction="none" if each else "mean",
+            more=more,
+        )  # fmt: skip
+        grad = torch.ones(members, 2) if each else loss
+        launch.pair_backward(grad, stats, *given, huber_c=huber, link=link, ref=ref, more=more)
+    return both
+
+
 def group_rows(targets: list[str]) -> Iterator[dict[str, Any]]:
-    """The links of tests/test_engine.py."""
+    """What `families` has, and the links of tests/test_engine.py; a backward kernel is compiled
+    once."""
     import test_engine  # which needs pytest
 
     test_engine.SHAPE = (4, 1024)  # as wide as loads can be
+    steps = {name: stepped(family) for name, family in families().items()}
     for make in test_engine.CASES:
         case = make()
         given = test_engine.Tensors(*[each.float() for each in case.tensors])
         with recorded() as both, unplanned():
             test_engine.launched(case, given, torch.ones(()))
-        for recorder, name in itertools.product(both, targets):
-            yield {"link": make.__name__} | compiled(recorder, name)
+        steps[make.__name__] = both
+    seen = set()
+    for (link, both), name in itertools.product(steps.items(), targets):
+        for recorder in both:
+            made = str(specialized(recorder, TARGETS[name]))
+            if (made, name) not in seen:
+                seen.add((made, name))
+                yield {"link": link} | compiled(recorder, name)
 
 
 def buckets() -> Iterator[tuple[int, int, int]]:

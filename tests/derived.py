@@ -1,4 +1,4 @@
-"""What follows from the functions in fastpref/losses.py: the classes in fastpref/modules.py and the
+"""What follows from the functions in fastpref/losses/: the classes in fastpref/modules.py and the
 README's table of losses.
 
 `python tests/derived.py` writes them; tests/test_derived.py fails where that would change anything.
@@ -14,23 +14,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from fastpref import losses  # noqa: E402
 from fastpref.dispatch import MissingReference  # noqa: E402
-from fastpref.modules import STEP, needed_of  # noqa: E402
+from fastpref.modules import STEP, zeros_of  # noqa: E402
 from fastpref_kernels import LINKS  # noqa: E402
 
 LOSSES: dict[str, Callable[..., Any]] = {
-    name: value
-    for name, value in vars(losses).items()
-    if name.endswith("_loss") and name != "pair_loss"
+    name: getattr(losses, name) for name in vars(losses)["__all__"] if name.endswith("_loss")
 }
+PAIRS = [name for name, function in LOSSES.items() if function.__module__ == losses.pairs.__name__]
+OTHERS = [name for name in LOSSES if name not in PAIRS]
 MODULES = ROOT / "fastpref" / "modules.py"
 README = ROOT / "README.md"
-MARK = "# What follows is written by `python tests/derived.py`, from the functions in losses.py.\n"
+MARK = "# What follows is written by `python tests/derived.py`, from the functions in losses/.\n"
 HEADER = "| function | loss | margin | needs | beta |\n|---|---|---|---|---|\n"
 
 
@@ -57,7 +55,7 @@ def declared(parameter: inspect.Parameter) -> str:
 
 CLASS = """
 
-class {name}(PairLossModule):
+class {name}(LossModule):
     \"""`{function}` as a module.\"""
 
     function = losses.{function}
@@ -74,7 +72,7 @@ class {name}(PairLossModule):
 
         def __call__(
             {in_call}
-        ) -> LossOutput: ...
+        ) -> {output}: ...
 """
 
 
@@ -88,6 +86,7 @@ def a_class(function: str) -> str:
     return CLASS.format(
         name=class_name(function),
         function=function,
+        output=inspect.signature(LOSSES[function]).return_annotation,
         knobs=knobs.annotation.removeprefix("Unpack[").removesuffix("]"),
         declared=lines(8, "self", "*", *map(declared, options), declared(knobs)),
         passed=lines(12, *(f"{p.name}={p.name}" for p in options), "**knobs"),
@@ -120,13 +119,13 @@ def formula(function: str, quantity: str) -> str:
 
 def needs(function: str) -> str:
     """What a call at the defaults cannot do without, besides predictions and targets."""
-    numbers = needed_of(LOSSES[function])
-    zeros = torch.zeros(1, 2)
+    step = zeros_of(LOSSES[function])
+    of_own = [name for name in step if name not in ("model_pred", "target")]
     try:
-        LOSSES[function]((zeros, zeros), zeros, **dict.fromkeys(numbers, 0.5))
+        LOSSES[function](**step)
     except MissingReference:
-        return ", ".join(["ref", *numbers])
-    return ", ".join(numbers)
+        return ", ".join(["ref", *of_own])
+    return ", ".join(of_own)
 
 
 def default_beta(function: str) -> str:
@@ -150,8 +149,14 @@ def a_row(function: str) -> str:
 
 def readme() -> str:
     """The text of README.md."""
-    before, table = README.read_text().split(HEADER)
-    return before + HEADER + "".join(map(a_row, LOSSES)) + table[table.index("\n\n") + 1 :]
+    before, table, others = README.read_text().split(HEADER)
+    return HEADER.join(
+        (
+            before,
+            "".join(map(a_row, PAIRS)) + table[table.index("\n\n") + 1 :],
+            "".join(map(a_row, OTHERS)) + others[others.index("\n\n") + 1 :],
+        )
+    )
 
 
 if __name__ == "__main__":

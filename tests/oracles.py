@@ -154,6 +154,11 @@ def linear_dpo(w: Any, l: Any, eta: Any, held: Any, errors: Any, **_: Any) -> An
     return ratio * (errors[0] - errors[1])
 
 
+def hinge_at(w: Any, l: Any, target_margin: Any, **_: Any) -> Any:
+    """basiclab/DiffusionDRO train.py: relu(gap_expert - gap_policy + margin)."""
+    return max(mp.mpf(0), target_margin - (w - l))
+
+
 def _apo_down_terms(w: Any, l: Any) -> tuple[Any, Any]:
     of_w, of_margin = (_sigmoid(x) * _sigmoid(-x) for x in (w, w - l))
     return of_w + of_margin, of_margin
@@ -225,6 +230,9 @@ FORMULAS: dict[str, Formula] = {
     "budget_dpo": Formula(
         dpo_score, budget_dpo, call={"beta": 700.0, "budget": 0.01, "budget_weight": 2.0},
         also=[{"budget": 0.7, "budget_weight": 3.0}],
+    ),
+    "diffusion_dro": Formula(
+        raw_score, hinge_at, call={"target_margin": 0.02}, also=[{"target_margin": 0.0}]
     ),
     "dmpo": Formula(dpo_score, dmpo, call={"beta": 900.0, "alpha": 0.02}, differences=True),
     "smpo": Formula(

@@ -167,15 +167,18 @@ def test_other_layouts_load_each_element_once(rows: list[dict[str, Any]]) -> Non
 
 
 def test_other_groups_and_sums_cost_no_more(group_rows: list[dict[str, Any]]) -> None:
-    """Each of tests/test_engine.py: no spills, one vector of each operand at a time, no barrier,
-    and a wait for each kind of sums at most."""
+    """All of `aot.families` and tests/test_engine.py: no spills, one vector of each operand at a
+    time, no barrier, and two waits for the memory in a round of the loop over blocks."""
     for row in group_rows:
         assert "error" not in row, case(row)
         assert row["spilled"] == 0, case(row)
-        assert row["registers"] <= 128, case(row)
+        long = row["link"].endswith(("_8", "_16"))  # lists of so many
+        assert row["registers"] <= (256 if long else 128), case(row)
         assert not {"1", "2"} & row["loads"].keys(), case(row)
         assert row["loads"]["16"] >= 2, case(row)
         assert row["loops"][0]["barriers"] == 0, case(row)
         if row["target"] != "gfx942":
             assert len(row["loops"][0]["groups"]) <= 2, case(row)
     assert {row["target"] for row in group_rows} == set(TARGETS)
+    links = {row["link"] for row in group_rows}
+    assert {"kto_kto", "rankdpo_16", "dspo", "safeguard of the batch", "dro"} <= links

@@ -12,6 +12,7 @@ from torch import Tensor
 import fastpref
 from fastpref.dispatch import Impl
 from fastpref_kernels import LINKS
+from fastpref_kernels.groups import RANKDPO
 
 
 @pytest.fixture
@@ -138,10 +139,13 @@ def test_compile_other_batch_sizes(form: str, impl: Impl, device: torch.device) 
         torch.testing.assert_close(got, wanted)
 
 
-def check_ops(forward: tuple[Any, ...], operands: tuple[Any, ...], halves: bool) -> None:
+def check_ops(
+    forward: tuple[Any, ...], operands: tuple[Any, ...], halves: bool, drift: bool = False
+) -> None:
     torch.library.opcheck(torch.ops.fastpref.pair_forward.default, forward)
     loss, stats = torch.ops.fastpref.pair_forward(*forward)
     backward = (torch.ones_like(loss), stats, *operands, *forward[11:13], True, halves)
+    backward += (forward[0], drift)
     torch.library.opcheck(torch.ops.fastpref.pair_backward.default, backward)
 
 
@@ -158,8 +162,8 @@ def test_opcheck(shared: bool, halves: bool, device: torch.device) -> None:
         tensors = [None, None, beta if reduction == "none" else None]
         numbers = [0.5, 1000.0, 0.1]
         absent = (None, None)
-        options: tuple[Any, ...] = (None, None, False, reduction, "mean")
-        operands = (*preds, *targets, *absent)
+        options: tuple[Any, ...] = (None, None, False, reduction, "mean", None, "0000", None)
+        operands = (*preds, *targets, *absent, *absent)
         forward = (
             LINKS["mapo"].key,
             numbers,
@@ -172,10 +176,10 @@ def test_opcheck(shared: bool, halves: bool, device: torch.device) -> None:
         )
         check_ops(forward, operands, halves)
         masks = (target > 0, None)
-        operands = (*preds, *targets, *masks)
+        operands = (*preds, *targets, *absent, *masks)
         errors = torch.rand(6, device=device)
         for ref in (preds, (errors, None)):
-            options = (0.5, None, True, reduction, "sum")
+            options = (0.5, None, True, reduction, "sum", None, "0000", None)
             forward = (
                 LINKS["dpo_sigmoid"].key,
                 [0.1],
@@ -187,6 +191,32 @@ def test_opcheck(shared: bool, halves: bool, device: torch.device) -> None:
                 *options,
             )
             check_ops(forward, operands, halves)
+    around = (None, None, False, "dro", "mean", "batch", "1101", None)
+    guarded: tuple[Any, ...] = (LINKS["dpo_sigmoid"].key, [0.1, 0.3, 0.2, 2.0], [None] * 4)
+    operands = (*preds, *targets, *preds, *masks)
+    check_ops((*guarded, *operands, *around), operands, halves, True)
+
+
+def test_opcheck_of_lists(device: torch.device) -> None:
+    pred, target, ref = torch.randn(3, 8, 5, device=device)
+    scores, lengths = torch.rand(2, 4, device=device), torch.tensor([4, 2], device=device)
+    link = RANKDPO[4]
+    absent = (None, None)
+    tensors = [None, scores, torch.rand(2, device=device)]
+    forward: tuple[Any, ...] = (
+        link.key,
+        [5.0] * 3,
+        tensors,
+        pred,
+        None,
+        target,
+        None,
+        ref,
+        None,
+        *absent,
+    )
+    forward += (None, None, False, "none", "mean", None, "0010", lengths)
+    check_ops(forward, (pred, None, target, None, *absent, *absent), False)
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastpref
 from fastpref import dispatch, ops
-from fastpref.pairs import check_pairs
+from fastpref.batch import check_pairs
 from fastpref_kernels import LINKS, launch, link
 from fastpref_kernels.links import link_of
 
@@ -111,7 +111,7 @@ TRANSFORMS = [by_grad, by_vjp, by_jvp, by_jacfwd, by_dual_level]
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """impl="auto" takes the kernels wherever impl="triton" would not raise."""
-    real = dispatch._takes_triton
+    real = dispatch.takes_triton
 
     def takes(impl: str, pairs: Any) -> bool:
         try:
@@ -119,7 +119,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         except ValueError:
             return real(impl, pairs)
 
-    monkeypatch.setattr(dispatch, "_takes_triton", takes)
+    monkeypatch.setattr(dispatch, "takes_triton", takes)
 
 
 @pytest.mark.parametrize("argument", ARGUMENTS)

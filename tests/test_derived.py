@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import pickle
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,22 @@ def test_a_checker_sees_what_is_exported(tmp_path: Path) -> None:
         assert line.startswith(start), text
 
 
+def batch(name: str) -> dict[str, Any]:
+    """The tensors of a step, in the order in which the function takes them, and needed numbers."""
+    generator = torch.Generator().manual_seed(0)
+    step = modules.zeros_of(derived.LOSSES[name], 3)
+    for key, value in step.items():
+        if isinstance(value, torch.Tensor):
+            step[key] = torch.rand(value.shape, generator=generator)
+    if "ref" in derived.needs(name):
+        ref = torch.rand(step["model_pred"].shape, generator=generator)
+        pred, target = step.pop("model_pred"), step.pop("target")
+        step = {"model_pred": pred, "target": target, "ref_pred": ref, **step}
+    for key in {"label", "real"} & step.keys():
+        step[key] = torch.tensor([True, False, True])
+    return {key: 0.7 if isinstance(value, float) else value for key, value in step.items()}
+
+
 @pytest.mark.parametrize("name", derived.LOSSES)
 def test_a_module_has_its_functions_signature(name: str) -> None:
     function, module = derived.LOSSES[name], MODULES[name]
@@ -88,24 +105,24 @@ def test_a_module_has_its_functions_signature(name: str) -> None:
 @pytest.mark.parametrize("name", derived.LOSSES)
 def test_a_module_is_its_function(name: str) -> None:
     """With options given at construction, and again in the call."""
-    pred, target, ref = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(0))
     function, kind = derived.LOSSES[name], MODULES[name]
-    needed = dict.fromkeys(modules.needed_of(function), 0.7)
     own: dict[str, Any] = {"paired": True} if name in ("sft_loss", "self_npo_loss") else {}
-    given = (ref,) if "ref" in derived.needs(name) else ()
-    wanted = function(pred, target, *given, sft_weight=0.3, **own, **needed)
-    made = kind(sft_weight=0.3, **own)
+    step = batch(name)
+    numbers = {key: step.pop(key) for key in modules.needed_of(function)}
+    weight = "weight" if "weight" in kind.knobs.__annotations__ else "pair_weight"
+    wanted = function(**step, **numbers, **own, **{weight: 0.3})
+    made = kind(**own, **{weight: 0.3})
     for module in (made, pickle.loads(pickle.dumps(made))):
-        torch.testing.assert_close(module(pred, target, *given, **needed), wanted)
-        torch.testing.assert_close(module(pred, target, *given, *needed.values()), wanted)
-    weighed = kind(sft_weight=0.1, **own, **dict.fromkeys(needed, 0.2))
-    again = weighed(pred, target, *given, *needed.values(), sft_weight=0.3)
+        torch.testing.assert_close(module(**step, **numbers), wanted)
+        torch.testing.assert_close(module(*step.values(), *numbers.values()), wanted)
+    weighed = kind(**{weight: 0.1}, **own, **dict.fromkeys(numbers, 0.2))
+    again = weighed(*step.values(), *numbers.values(), **{weight: 0.3})
     torch.testing.assert_close(again, wanted)
-    assert "sft_weight=0.3" in repr(made)
-    assert made.options == {"sft_weight": 0.3, **own}
+    assert f"{weight}=0.3" in repr(made)
+    assert made.options == {weight: 0.3, **own}
     torch._dynamo.reset()
     compiled = torch.compile(made, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(pred, target, *given, **needed).loss, wanted.loss)
+    torch.testing.assert_close(compiled(**step, **numbers).loss, wanted.loss)
 
 
 def test_tensors_at_construction() -> None:
@@ -164,7 +181,7 @@ REFUSED: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("dpo_loss", ValueError, {"beta": torch.tensor([1.0, -1.0, 1.0])}),
     ("dpo_loss", ValueError, {"beta": torch.ones(3, 2)}),
     ("dpo_loss", ValueError, {"beta": torch.ones(3, requires_grad=True)}),
-    ("dpo_loss", ValueError, {"huber_c": 0.0}),
+    ("dpo_loss", ValueError, {"huber_c": -0.1}),
     ("dpo_loss", TypeError, {"mask": 3}),
     ("dpo_loss", TypeError, {"swap": "no"}),
     ("dpo_loss", TypeError, {"sample_weight": (1.0, 2.0, 3.0)}),
@@ -225,21 +242,26 @@ def test_a_module_may_be_made_where_its_kernels_cannot_run() -> None:
 @pytest.mark.parametrize("name", derived.LOSSES)
 def test_every_knob_that_a_module_takes_is_one_that_its_function_takes(name: str) -> None:
     """The TypedDict of its **knobs neither lacks one nor has one too many."""
-    given = (X,) if "ref" in derived.needs(name) else ()
+    function = derived.LOSSES[name]
     own: dict[str, Any] = {"paired": True} if name in ("sft_loss", "self_npo_loss") else {}
-    own |= dict.fromkeys(modules.needed_of(derived.LOSSES[name]), 0.5)
+    own |= batch(name)
     values: dict[str, Any] = dict.fromkeys(
-        ("sample_weight", "pair_weight", "logit_scale", "sft_weight", "loser_weight",
-         "prior_weight", "label_smoothing", "huber_c"), 0.3)  # fmt: skip
-    values |= {"mask": torch.ones(6, 5), "swap": False, "error_reduction": "sum"}
-    values |= {"reduction": "sum", "impl": "torch"}
+        ("sample_weight", "pair_weight", "logit_scale", "sft_weight", "loser_weight", "weight",
+         "prior_weight", "label_smoothing", "huber_c", "loser_gradient_scale", "safeguard",
+         "anchor_weight"), 0.3)  # fmt: skip
+    values |= {"mask": torch.ones(3, 1), "swap": False, "error_reduction": "sum"}
+    values |= {"reduction": "sum", "impl": "torch", "safeguard_over": "pair"}
+    values |= {"dro_temperature": 1.0}
     known = {*MODULES[name].knobs.__annotations__}
     assert known <= {*values}
-    declared = {*inspect.signature(derived.LOSSES[name]).parameters}
+    declared = {*inspect.signature(function).parameters}
     for knob, value in values.items():
         if knob in known:
             assert knob not in declared
-            derived.LOSSES[name](X, X[:3], *given, **own | {knob: value})
+            refused = knob == "anchor_weight" and "ref" not in derived.needs(name)
+            refused |= knob == "safeguard" and name == "self_npo_loss"  # errors are no squares
+            with pytest.raises(ValueError, match=knob) if refused else nullcontext():
+                function(**own | {knob: value})
         elif knob not in declared:
-            with pytest.raises(TypeError, match="multiple values"):
-                derived.LOSSES[name](X, X[:3], *given, **own | {knob: value})
+            with pytest.raises(TypeError, match=r"multiple values|unexpected"):
+                function(**own | {knob: value})

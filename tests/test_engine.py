@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastpref_kernels import launch
+from fastpref_kernels.knobs import Around
 from fastpref_kernels.links import First, Group, Hyper
 from fastpref_kernels.special import sigmoids, softplus_and_slope
 
@@ -69,7 +70,7 @@ class Case(NamedTuple):
 
 
 @triton.jit
-def _nft(sums, cross, scalars, batch, active):
+def _nft(sums, cross, scalars, batch):
     err, gap, _, drift, plus, minus, anchor = sums[0]
     reward, beta, kl = scalars
     w, l = reward / plus, (1.0 - reward) / minus
@@ -103,7 +104,7 @@ def nft() -> Case:
 
 
 @triton.jit
-def _clipped_ratio(sums, cross, scalars, batch, active):
+def _clipped_ratio(sums, cross, scalars, batch):
     _, gap, _ = sums[0]
     advantage, weight, clip = scalars
     ratio = tl.exp(-weight * gap)
@@ -144,12 +145,12 @@ def rows(scalar: Tensor) -> Tensor:
 
 
 @triton.jit
-def _reward(sums, scalars, active):
+def _reward(sums, scalars):
     return -sums[0][1]
 
 
 @triton.jit
-def _kto(sums, cross, scalars, batch, active):
+def _kto(sums, cross, scalars, batch):
     label, beta = scalars
     baseline = tl.where(batch > 0.0, batch, 0.0)
     win, lose = sigmoids(label * beta * (-sums[0][1] - baseline))
@@ -172,23 +173,16 @@ def kto() -> Case:
 
 
 @triton.jit
-def _ranked(sums, cross, scalars, batch, active):
-    """Members best first, every pair weighing the same."""
-    beta = scalars[0]
-    loss = 0.0 * sums[0][0]
-    slopes = (loss, loss, loss)
-    for i in tl.static_range(3):
-        for j in tl.static_range(i + 1, 3):
-            value, slope = softplus_and_slope(beta * (sums[i][1] - sums[j][1]))
-            there = active[i] & active[j]
-            slope = tl.where(there, beta * slope, 0.0)
-            loss += tl.where(there, value, 0.0)
-            added = ()
-            for m in tl.static_range(3):
-                more = slope if m == i else (-slope if m == j else 0.0 * slope)
-                added = added + (slopes[m] + more,)  # noqa: RUF005
-            slopes = added
-    return loss, ((slopes[0],), (slopes[1],), (slopes[2],)), sums[0][1]
+def _ranked(sums, scores, order, scalars, active):
+    """Better ones first, every pair weighing the same."""
+    gap = scalars[0] * sums[1]
+    lead = gap[:, None, :] - gap[:, :, None]
+    ordered = active[:, :, None] & active[:, None, :] & (scores[:, :, None] > scores[:, None, :])
+    value, slope = softplus_and_slope(-lead)
+    loss = tl.sum(tl.sum(tl.where(ordered, value, 0.0), axis=2), axis=1)
+    slope = tl.where(ordered, slope, 0.0)
+    first = tl.sum(tl.where(order == 0, sums[1], 0.0), axis=1)
+    return loss, (scalars[0] * (tl.sum(slope, axis=2) - tl.sum(slope, axis=1)),), first
 
 
 def ranked() -> Case:
@@ -204,15 +198,16 @@ def ranked() -> Case:
         return torch.stack(loss).mean(), gap[:, 0]
 
     more = launch.More(lengths=torch.tensor(lengths))
-    link = Group(_ranked, {"beta": HYPER}, members=3)
-    return Case(link, [beta], draw(12, 4, groups=4), formula, ref=True, more=more)
+    link = Group(_ranked, {"beta": HYPER}, {"score": HYPER}, members=3, listed=True)
+    scores = torch.tensor([3.0, 2.0, 1.0]).expand(4, 3)
+    return Case(link, [beta, scores], draw(12, 4, groups=4), formula, ref=True, more=more)
 
 
 # DSPO: the winner's squares about a point between policy and reference ----------------------------
 
 
 @triton.jit
-def _dspo(sums, cross, scalars, batch, active):
+def _dspo(sums, cross, scalars, batch):
     err, gap_w, _, drift = sums[0]
     gap_l, beta = sums[1][1], scalars[0]
     p, rest = sigmoids(0.5 * beta * (gap_w - gap_l))
@@ -236,7 +231,7 @@ def dspo() -> Case:
 
     tensors = draw(6, 5, groups=3)
     tensors = tensors._replace(p=tensors.p[[0, 2, 4, 1, 3, 5]], r=tensors.r[[0, 2, 4, 1, 3, 5]])
-    link = Group(_dspo, {"beta": HYPER}, members=2, listed=False, drift=True)
+    link = Group(_dspo, {"beta": HYPER}, members=2, drift=True)
     return Case(link, [beta], tensors, formula, ref=True)
 
 
@@ -244,7 +239,7 @@ def dspo() -> Case:
 
 
 @triton.jit
-def _guarded(sums, cross, scalars, batch, active):
+def _guarded(sums, cross, scalars, batch):
     """A loser that pulls less where its gradient points the winner's way; the factor detached."""
     w, l = sums[0][0], sums[1][0]
     factor = tl.where(cross > 0.0, scalars[0] * w / tl.where(cross > 0.0, cross, 1.0), 1.0)
@@ -262,12 +257,12 @@ def guarded() -> Case:
     tensors = draw(6, 6)
     p = tensors.p.clone()
     p[3:5] = tensors.t[3:5] + 0.8 * (p[:2] - tensors.t[:2])
-    link = Group(_guarded, {"mu": HYPER}, members=2, listed=False, cross=True)
+    link = Group(_guarded, {"mu": HYPER}, members=2, cross=True)
     return Case(link, [0.7], tensors._replace(p=p), formula)
 
 
 @triton.jit
-def _between(sums, cross, scalars, batch, active):
+def _between(sums, cross, scalars, batch):
     """softplus of how much nearer one prediction is to a winner than to a loser."""
     value, slope = softplus_and_slope(scalars[0] * (sums[0][0] - sums[1][0]))
     slope = scalars[0] * slope
@@ -280,7 +275,7 @@ def shared_prediction() -> Case:
         return F.softplus(3 * (w - l)).mean(), l - w
 
     tensors = draw(8, 7)
-    link = Group(_between, {"beta": HYPER}, members=2, listed=False)
+    link = Group(_between, {"beta": HYPER}, members=2)
     more = launch.More(n_groups=4)
     return Case(link, [3.0], tensors._replace(p=tensors.p[:4]), formula, more=more)
 
@@ -289,32 +284,24 @@ def shared_prediction() -> Case:
 
 
 @triton.jit
-def _dpo_loss(sums, scalars, active):
-    value, _ = softplus_and_slope(scalars[0] * (sums[0][1] - sums[1][1]))
-    return value / scalars[1]
-
-
-@triton.jit
-def _robust(sums, cross, scalars, batch, active):
-    beta, heat, n = scalars
-    value, slope = softplus_and_slope(beta * (sums[0][1] - sums[1][1]))
-    share = n * beta * slope * tl.exp(value / heat - batch)
-    return heat * (batch - tl.log(n)), ((share,), (-share,)), value
+def _dpo(sums, cross, scalars, batch):
+    value, slope = softplus_and_slope(scalars[0] * (sums[0][1] - sums[1][1]))
+    slope = scalars[0] * slope
+    return value, ((slope,), (-slope,)), value
 
 
 def robust() -> Case:
     beta, heat, n = 6.0, 0.4, 6
+    share = torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0, 0.3])
 
     def formula(of: Tensors, p: Tensor) -> tuple[Tensor, Tensor]:
         gap_w, gap_l = (mean((p - of.t).square()) - mean((of.r - of.t).square())).chunk(2)
         each = F.softplus(beta * (gap_w - gap_l))
-        return heat * torch.log(torch.exp(each / heat).mean()), each
+        return heat * torch.log(torch.exp(share.double() * each / heat).mean()), each
 
-    hyper = {"beta": HYPER, "heat": HYPER, "n": HYPER}
-    link = Group(
-        _robust, hyper, members=2, listed=False, first=First(_dpo_loss), log_sum_exp=True
-    )  # fmt: skip
-    return Case(link, [beta, heat, float(n)], draw(2 * n, 8), formula, ref=True)
+    link = Group(_dpo, {"beta": HYPER}, members=2)
+    more = launch.More(around=Around(weight=share, heat=heat))
+    return Case(link, [beta], draw(2 * n, 8), formula, ref=True, more=more)
 
 
 CASES = [nft, clipped_ratio, kto, ranked, dspo, guarded, shared_prediction, robust]
@@ -330,6 +317,7 @@ def launched(
         base=(given.x, None) if case.base else launch.ABSENT,
         lengths=None if case.more.lengths is None else case.more.lengths.to(device),
         affine=tuple(moved(each, device) for each in case.more.affine),
+        around=Around(None, *[moved(each, device) for each in case.more.around[1:]]),
     )
     ref: launch.Operand = (given.r, None) if case.ref else launch.ABSENT
     scalars = [moved(each, device) for each in case.scalars]
@@ -378,5 +366,5 @@ def test_a_link_on_other_sums_and_groups(
     )  # fmt: skip
 
 
-def moved(scalar: float | Tensor, device: torch.device) -> float | Tensor:
+def moved(scalar: Any, device: torch.device) -> Any:
     return scalar.to(device) if isinstance(scalar, Tensor) else scalar

@@ -199,14 +199,14 @@ REFERENCE_CASES: list[tuple[Any, type[Exception], str, dict[str, Any]]] = [
     (
         fastpref.self_npo_loss,
         ValueError,
-        r"huber_c is 0\.0; expected .* above 0",
-        {"huber_c": 0.0, "paired": True},
+        r"huber_c is -0\.1; expected a number in \[0, inf\)",
+        {"huber_c": -0.1, "paired": True},
     ),
     (
         fastpref.self_npo_loss,
         ValueError,
-        r"huber_c is .*\(2,\)",
-        {"huber_c": torch.ones(2), "paired": True},
+        r"huber_c is .*\(3,\); expected .* \(\) or \(2,\)",
+        {"huber_c": torch.ones(3), "paired": True},
     ),
 ]
 
@@ -225,7 +225,7 @@ def test_messages_of_what_takes_errors_and_scores() -> None:
         (r"mse has shape \(3,\)", {"mse": errors[:3]}),
         (r"mse has shape \(2, 2\)", {"mse": errors.reshape(2, 2)}),
         (r"ref_mse has shape \(3,\), but mse holds 2 pair", {"mse": errors, "ref_mse": errors[:3]}),
-        ("ref_mse is missing", {"mse": errors}),
+        ("ref_mse or gap is missing", {"mse": errors}),
     ]
     for message, given in cases:
         with pytest.raises(ValueError, match=message):

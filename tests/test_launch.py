@@ -22,7 +22,7 @@ from triton.compiler import CompiledKernel
 
 import fastpref
 from aot import unplanned
-from fastpref import dispatch, ops, pairs, scalars
+from fastpref import batch, dispatch, ops, scalars
 from fastpref_kernels import KNOBS, LINKS, launch, pair
 
 interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="counts in the interpreter")
@@ -182,7 +182,7 @@ def test_a_launch_makes_the_tensors_device_current(monkeypatch: pytest.MonkeyPat
         visited.append(f"ticket of {device.index}")
 
     monkeypatch.setattr(launch, "_ticket", ticket)
-    plan = launch.Plan((1, 1, 1), (), {}, scattered=False, ticket=True)
+    plan = launch.Plan((1, 1, 1), (), {}, scattered=False, n_groups=1, members=2, ticket=True)
     for index in (0, 1):
         kernel = {(1, 1, 1): lambda t, i, **options: visited.append(f"launch for {i}")}
         launch._launch(kernel, plan, torch.device("cuda", index), (), (index,), ())
@@ -261,7 +261,7 @@ def test_nothing_else_runs_on_the_device(
     monkeypatch.setattr(pair, "pair_bwd", Nothing())
     monkeypatch.setattr(launch, "_ticket", lambda device: ticket)
     monkeypatch.setattr(ops, "intercepted", lambda *tensors: False)  # despite the mode that records
-    real = pairs.check_pairs
+    real = batch.check_pairs
     monkeypatch.setattr(
         dispatch, "check_pairs", lambda *given: real(*given)._replace(intercepted=False)
     )
@@ -437,7 +437,7 @@ def test_a_kernel_that_was_compiled_is_launched_without_the_jit(
     here = [0]
     module = SimpleNamespace(current_device=lambda: here[0])
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
-    plan = launch.Plan((6, 1, 1), (2, "stacked"), {}, scattered=False)
+    plan = launch.Plan((6, 1, 1), (2, "stacked"), {}, scattered=False, n_groups=6, members=2)
 
     def run(tensor: Tensor, beta: float | Tensor) -> None:
         values, tensors, strides = launch._scalars([0.5, beta])

@@ -21,7 +21,7 @@ from torch import Tensor
 import fastpref
 import oracles
 from aot import unplanned
-from fastpref.pairs import Halves
+from fastpref.batch import Halves
 from fastpref_kernels import LINKS
 from fastpref_kernels.launch import INTERPRETED
 

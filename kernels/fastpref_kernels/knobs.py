@@ -112,7 +112,40 @@ def pair_losses_jit(  # type: ignore[no-untyped-def]
         return times(weight, loss), slope_w, slope_l, score_w - score_l
 
 
+@jit
+def safeguard(err_w, cross, mu):  # type: ignore[no-untyped-def]
+    """The factor on the loser's gradient at which a step still lowers the winner's error, by at
+    least the share mu of what it would without the loser: min(1, (1 - mu) err_w / cross), cross
+    being the mean of (pred_w - target_w) (pred_l - target_l); 1 where that is not above 0."""
+    against = cross > 0.0
+    factor = (1.0 - mu) * err_w / tl.where(against, cross, 1.0)
+    return tl.where(against, tl.where(factor > 1.0, 1.0, factor), 1.0)
+
+
+class Around(NamedTuple):
+    """What is done around a link's loss; None where it is not.
+
+    guard: how the loser's gradient is scaled, the value being left alone: by `guard_number` if
+        "given", by `safeguard` of the "pair" or the "batch", whose mu that is.
+    drift_weight: weight of the mean squared difference from the reference, of a pair's two samples.
+    weight: of a group's loss, where the link is of groups; pairs have a knob for it.
+    heat: temperature of the log-mean-exp by which losses are reduced.
+    """
+
+    guard: str | None = None
+    guard_number: Any = None
+    drift_weight: Any = None
+    weight: Any = None
+    heat: Any = None
+
+    def numbers(self) -> list[Any]:
+        """As the kernels take them, after the link's own."""
+        return [number for number in self[1:] if number is not None]
+
+
+NOTHING_AROUND = Around()
 _in_torch = in_torch(pair_losses_jit)
+safeguard_in_torch = in_torch(safeguard)
 
 
 def pair_losses(

@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
 from . import pair
+from .knobs import NOTHING_AROUND, Around
 from .links import Group, Link
 
 # Whether TRITON_INTERPRET was set when Triton was imported.
@@ -36,7 +37,8 @@ class More(NamedTuple):
     """What only some links take. base, affine: the target is (target - a base) * inverse_b, with a
     and inverse_b as numbers or tensors of a row each; the members of a group follow one another
     there. anchor: another model's predictions. mix: what `plus` and `minus` mix with. lengths: (B,)
-    integers, how many members a group has. n_groups: where pred's rows do not tell."""
+    integers, how many members a group has. n_groups: where pred's rows do not tell. around: what is
+    done around the link."""
 
     base: Operand = ABSENT
     anchor: Operand = ABSENT
@@ -44,6 +46,7 @@ class More(NamedTuple):
     mix: float = 0.0
     lengths: Tensor | None = None
     n_groups: int | None = None
+    around: Around = NOTHING_AROUND
 
 
 NOTHING_MORE = More()
@@ -57,7 +60,8 @@ class Plan(NamedTuple):
     arguments: tuple[Any, ...]  # the kernel's last ones, in its order
     launchers: dict[Any, Callable[..., None]]  # of the compiled kernels, by `_signature`
     scattered: bool  # whether a tensor's neighbours in a block are not neighbours in memory
-    members: int = 2  # of a group
+    n_groups: int
+    members: int  # of a group
     ticket: bool = False  # whether the kernel takes one
     loss: tuple[int, ...] = ()  # sizes of what is allocated
     stats: tuple[int, ...] = ()
@@ -86,9 +90,14 @@ def pair_forward(
     swap: the link takes the loser for the winner.
     """
     plain = more is NOTHING_MORE
-    rare = () if plain else (*more.base, *more.anchor)
+    rare: tuple[Tensor | None, ...] = ()
+    around: tuple[str | None, bool, bool, bool] = (None, False, False, False)
+    if not plain:
+        rare = (*more.base, *more.anchor)
+        around = _kinds_of(more.around)
+        scalars = [*scalars, *more.around.numbers()]
     plan = _plan_forward(
-        link, reduction, error_reduction, swap, more.n_groups,
+        link, reduction, error_reduction, swap, more.n_groups, around, len(scalars),
         *[t if t is None else (t.shape, t.stride()) for t in (*pred, *target, *ref, *mask, *rare)],
     )  # fmt: skip
     assert pred[0] is not None
@@ -102,10 +111,11 @@ def pair_forward(
         loss, stats, partials,
     )  # fmt: skip
     values, tensors, strides = _scalars(scalars)
-    huber, of_huber = _huber(huber_c)
+    huber, of_huber = _huber(huber_c, plan, link)
     affine = _scalars(more.affine) if more.affine else ()
     numbers = (more.lengths, values, tensors, strides, huber, affine, more.mix)
     seen = (*tensors, *of_huber)
+    strides += huber[2:]
     if not plain:
         seen += (more.lengths, *(affine[1] if affine else ()))
     _launch(pair.pair_fwd, plan, device, pointers, numbers, seen, strides)
@@ -124,20 +134,22 @@ def pair_backward(
     ref: Operand = ABSENT,
     more: More = NOTHING_MORE,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """One launch: the gradients of `pred`'s tensors, where needed, in their dtype and layout. link:
-    one whose gradient has more directions than that of a pair's errors."""
+    """One launch: the gradients of `pred`'s tensors, where needed, in their dtype and layout.
+    grad_loss: (), (B,), or (members, B) for each member's error. link: needed for a `Group`. ref:
+    where the gradient has its direction, too."""
     grad = torch.empty_like(pred[0]) if needed[0] and pred[0] is not None else None
     grad_l = torch.empty_like(pred[1]) if needed[1] and pred[1] is not None else None
     tensors: tuple[Tensor | None, ...] = (*pred, *target, *mask, grad, grad_l)
-    group: Group | None = None
+    group = link if isinstance(link, Group) else None
     of_ref: tuple[Tensor, ...] = ()
     base, anchor = of_ref, of_ref
-    if isinstance(link, Group):
-        group, others = link, (ref if link.drift else ABSENT, more.base, more.anchor)
+    drift = group.drift if group else more.around.drift_weight is not None
+    if group or drift:
+        others = (ref if drift else ABSENT, more.base, more.anchor)
         of_ref, base, anchor = map(_pointers, others)
         tensors += tuple(t for each in others for t in each)
     plan = _plan_backward(
-        group, more.n_groups, stats.shape[0],
+        group, more.n_groups, stats.shape[0], grad_loss.dim() == 2,
         *[t if t is None else (t.shape, t.stride()) for t in tensors],
     )  # fmt: skip
     grads = _pointers(pred) if grad is None else (grad,)
@@ -147,12 +159,12 @@ def pair_backward(
         _pointers(pred), _pointers(target), of_ref, _pointers(mask), base, anchor,
         grads, grad_loss, stats,
     )  # fmt: skip
-    huber, seen = _huber(huber_c)
+    huber, seen = _huber(huber_c, plan, link)
     affine = _scalars(more.affine) if more.affine else ()
-    numbers = (huber, affine, _stride(grad_loss))
+    numbers = (huber, affine, 0 if grad_loss.dim() == 2 else _stride(grad_loss))
     if affine:
         seen = (*seen, *affine[1])
-    _launch(pair.pair_bwd, plan, stats.device, pointers, numbers, seen)
+    _launch(pair.pair_bwd, plan, stats.device, pointers, numbers, seen, huber[2:])
     return grad, grad_l
 
 
@@ -162,7 +174,7 @@ Laid = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides of a tensor
 @functools.lru_cache(4096)
 def _plan_forward(
     link: Link | Group, reduction: str, error_reduction: str, swap: bool, n_groups: int | None,
-    *laid: Laid | None,
+    around: tuple[str | None, bool, bool, bool], n_scalars: int, *laid: Laid | None,
 ) -> Plan:  # fmt: skip
     operands = [*_operands(laid), ABSENT, ABSENT][:6]
     pred, target, ref, mask, base, anchor = operands
@@ -178,43 +190,47 @@ def _plan_forward(
     if ref_errors:
         strides[2] = tuple((_stride(t),) for t in _pointers(ref))
     forms = [_form(each, n_groups, members, link) for each in operands]
-    group = link if isinstance(link, Group) else None
-    of_link: tuple[Any, ...] = (None, None, False, None, None, 0, 0, 0.0)
+    guard, drift, weighted, heated = around
+    n_link = n_scalars - (guard is not None) - drift - weighted - heated
+    of_link: tuple[Any, ...]
+    mixed, cross = False, guard in ("pair", "batch")
     if isinstance(link, Group):
-        of_link = (link.triton, link.first and link.first.triton, link.log_sum_exp,
-                   None, None, 0, 0, 0.0)  # fmt: skip
+        first = link.first and link.first.triton
+        of_link = (link.triton, first, None, None, 0, 0, n_link, 0.0)
+        drift, mixed, cross = link.drift, link.mixed, link.cross
     else:
-        of_link = (None, None, False, link.score.triton, link.shape.triton,
-                   len(link.score.hyper), len(link.hyper), link.sft_weight)  # fmt: skip
-    drift, mixed, cross = (bool(group and getattr(group, n)) for n in ("drift", "mixed", "cross"))
-    has_anchor = anchor[0] is not None
-    kinds = 1 + 2 * paired + drift + 2 * mixed + has_anchor
+        of_link = (None, None, link.score.triton, link.shape.triton,
+                   len(link.score.hyper), len(link.hyper), n_link, link.sft_weight)  # fmt: skip
+    listed = 0
+    if isinstance(link, Group) and link.listed and members > 1:
+        listed = triton.next_power_of_2(members)
+    kinds = 1 + 2 * paired + drift + 2 * mixed + (anchor[0] is not None)
     shown = kinds + 2 * ref_errors
     mean = error_reduction == "mean"
     counts = (1 if forms[3] == "shared" else members) if forms[3] and mean else 0
-    directions = 1 + drift + has_anchor
     return Plan(
         grid=(n_groups * n_programs, 1, 1),
         arguments=(
             n_groups, n_elements, n_programs,
             sizes, *strides, 1.0 / n_groups if reduction == "mean" else 1.0,
-            *of_link, swap, reduction != "none", mean, members,
+            *of_link, swap, guard, weighted, heated, reduction != "none", mean, members, listed,
             forms[0], forms[1], forms[2], ref_errors, *forms[3:],
             drift, mixed, cross, wide, BLOCK, PAIRS, PARTS,
         ),
         launchers={},
         scattered=scattered,
+        n_groups=n_groups,
         members=members,
         ticket=True,
         loss=(n_groups,) if reduction == "none" else (),
-        stats=(members * shown + cross + 1 + members * directions, n_groups),
+        stats=(rows_of(members, shown, drift, cross, anchor[0] is not None), n_groups),
         partials=((members * kinds + counts + cross) * n_groups * n_programs,),
     )  # fmt: skip
 
 
 @functools.lru_cache(4096)
 def _plan_backward(
-    group: Group | None, n_groups: int | None, rows: int, *laid: Laid | None
+    group: Group | None, n_groups: int | None, rows: int, of_members: bool, *laid: Laid | None
 ) -> Plan:
     pred, target, mask, grads, *others = _operands(laid)
     ref, base, anchor = others or (ABSENT, ABSENT, ABSENT)
@@ -231,12 +247,25 @@ def _plan_backward(
         arguments=(
             rows - members * directions, n_groups, n_elements, n_programs, sizes, *strides, members,
             *[_form(each, n_groups, members, group) for each in operands],
-            needed, wide, BLOCK, REVERSED,
+            needed, of_members, wide, BLOCK, REVERSED,
         ),
         launchers={},
         scattered=_scattered(sizes, strides),
+        n_groups=n_groups,
         members=members,
     )  # fmt: skip
+
+
+def _kinds_of(around: Around) -> tuple[str | None, bool, bool, bool]:
+    """Which of them there are: the guard, and whether drift_weight, weight and heat."""
+    _, _, *numbers = around
+    return around.guard, *(number is not None for number in numbers)  # type: ignore[return-value]
+
+
+def rows_of(members: int, kinds: int, drift: bool, cross: bool, anchor: bool = False) -> int:
+    """Rows of stats: sums, cross, score, and factors."""
+    directions = 1 + drift + anchor
+    return members * kinds + cross + 1 + members * directions
 
 
 def _operands(laid: Sequence[Laid | None]) -> list[Operand]:
@@ -284,16 +313,24 @@ def _scalars(scalars: Sequence[float | Tensor]) -> tuple[tuple[Any, ...], ...]:
         return tuple(scalars), (None,) * len(scalars), (0,) * len(scalars)
     tensors = tuple([s if isinstance(s, Tensor) else None for s in scalars])
     values = tuple([0.0 if isinstance(s, Tensor) else float(s) for s in scalars])
-    return values, tensors, tuple([_stride(t) for t in tensors])
+    strides = [t.stride() if t is not None and t.dim() == 2 else _stride(t) for t in tensors]
+    return values, tensors, tuple(strides)
 
 
-def _huber(huber_c: float | Tensor | None) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
+def _huber(
+    huber_c: float | Tensor | None, plan: Plan, link: Link | Group | None
+) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
     """(the kernels' argument, what `_signature` sees of it)"""
     if huber_c is None:
         return (), ()
-    if isinstance(huber_c, Tensor):
-        return (0.0, huber_c), (huber_c,)
-    return (float(huber_c),), (None,)
+    if not isinstance(huber_c, Tensor):
+        return (float(huber_c),), (None,)
+    stride = _stride(huber_c)
+    if huber_c.dim() == 0 or len(huber_c) == plan.n_groups:
+        return (0.0, huber_c, stride, 0), (huber_c,)
+    if isinstance(link, Group) and link.listed:
+        return (0.0, huber_c, stride * plan.members, stride), (huber_c,)
+    return (0.0, huber_c, stride, stride * plan.n_groups), (huber_c,)
 
 
 def _programs(n_pairs: int, n_elements: int) -> int:
@@ -403,7 +440,7 @@ def _options(plan: Plan, pointers: Sequence[Any], target: GPUTarget) -> dict[str
     if target.backend == "cuda":  # the only one that has the option
         usual = 64 if target.arch < 100 else 80
         more = plan.scattered or plan.members > 2  # every member has sums of its own
-        options["maxnreg"] = 255 if plan.members > 8 else 128 if more else usual
+        options["maxnreg"] = 255 if plan.members > 4 else 128 if more else usual
     return options
 
 

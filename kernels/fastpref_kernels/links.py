@@ -96,34 +96,11 @@ class Shape(_Text):
 
 @dataclass(frozen=True, eq=False)
 class First(_Text):
-    """(sums, scalars, active) -> a number for each group, of which a link is told the mean over the
-    batch, or the log-sum-exp."""
+    """(sums, scalars) -> a number for each group, of which a link is told the mean over the
+    batch."""
 
 
-@dataclass(frozen=True, eq=False)
-class Group(_Text):
-    """A link on all sums of the members of a group:
-
-        (sums, cross, scalars, batch, active) -> (loss, slopes, score)
-
-    sums: of each member (err, gap, ref, drift, plus, minus, anchor), as far as there are any: see
-        the kernels. cross: of both members of a pair. scalars: the hyper-parameters. batch: what is
-        made of `first`. active: whether the group has that member.
-    slopes: for each member, by err or gap, by drift, and by anchor; batch is a constant.
-    members: how many; they follow one another if `listed`, or else all first ones come first.
-    drift, mixed, cross: whether these sums are needed.
-    """
-
-    members: int = 1
-    listed: bool = True
-    drift: bool = False
-    mixed: bool = False
-    cross: bool = False
-    first: First | None = None
-    log_sum_exp: bool = False
-
-
-_by_key: dict[str, Link] = {}
+_by_key: dict[str, Link | Group] = {}
 
 
 class _Frozen(dict[str, Any]):
@@ -163,9 +140,58 @@ class Link:
     def __post_init__(self) -> None:
         object.__setattr__(self, "hyper", _Frozen(self.hyper))
         object.__setattr__(self, "knobs", _Frozen(self.knobs))
-        key = f"{self.name}#{len(_by_key)}" if self.name in _by_key else self.name
-        object.__setattr__(self, "key", key)
-        _by_key[key] = self
+        object.__setattr__(self, "key", _key_of(self))
+
+
+@dataclass(frozen=True, eq=False)
+class Group(_Text):
+    """A link on all sums of the members of a group, for what needs more than errors and gaps of
+    pairs. Of single samples, or of pairs, all first members of which come before all second ones:
+
+        (sums, cross, scalars, batch) -> (loss, slopes, score)
+
+    sums: of each member (err, gap, ref, drift, plus, minus, anchor), as far as there are any: see
+        the kernels. cross: of both members of a pair. scalars: the hyper-parameters. batch: the
+        mean over the batch of what `first` makes of a group.
+    slopes: for each member, by err or gap, by drift, and by anchor; batch is a constant.
+
+    Of `listed` groups, lists whose members follow one another, with (B, K) tensors:
+
+        (sums, of_members, order, scalars, active) -> (loss, slopes, score)
+
+    sums: err, gap, ref, ..., each (B, K). of_members: a number that each member has, (B, K). order:
+        the members' numbers, (1, K). scalars: numbers, or (B, 1). active: which members there are,
+        (B, K); the sums and numbers of others are 0.
+    slopes: (B, K) for each direction. loss and score: (B,).
+
+    hyper: one number for all groups, or one for each. of_members: the one for each member, by name.
+    members: how many. drift, mixed, cross: whether these sums are needed. huber: whether the link
+    is right for errors that are no squares. live: of the hyper-parameters, whether a group has a
+    gradient at all; see knobs.live.
+    """
+
+    of_members: Mapping[str, Hyper] = field(default_factory=dict)
+    members: int = 1
+    listed: bool = False
+    needs_ref: bool = True
+    drift: bool = False
+    mixed: bool = False
+    cross: bool = False
+    huber: bool = True
+    first: First | None = None
+    live: Callable[..., Any] = lambda *hyper: True
+    name: str = "link"
+    key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "key", _key_of(self))
+
+
+def _key_of(link: Link | Group) -> str:
+    key = f"{link.name}#{len(_by_key)}" if link.name in _by_key else link.name
+    _by_key[key] = link
+    return key
 
 
 def link(
@@ -182,7 +208,7 @@ def link(
     return Link(score, shape, hyper, sft_weight, knobs)
 
 
-def link_of(key: str) -> Link:
+def link_of(key: str) -> Link | Group:
     """The link that has this key."""
     if key not in _by_key:
         raise ValueError(f"loss {key!r} is not known in this process; call register_link first")
@@ -303,6 +329,14 @@ def _hinge(w, l):
 
 
 @jit
+def _hinge_at(w, l, target_margin):
+    slack = target_margin - (w - l)
+    none = tl.zeros_like(slack)
+    inside = tl.where(slack <= 0.0, none, 1.0)
+    return tl.where(slack <= 0.0, none, slack), -inside, inside
+
+
+@jit
 def _ipo(w, l, beta):
     off = w - l - 0.5 / beta
     return off * off, 2.0 * off, -2.0 * off
@@ -395,6 +429,7 @@ BETA_LOG_SIGMOID = Shape(_beta_log_sigmoid, {"beta": Hyper(0.1)})
 MARGIN_LOG_SIGMOID = Shape(_margin_log_sigmoid, {"gamma": Hyper(0.5, NOT_NEGATIVE)})
 ROBUST = Shape(_robust, {"label_smoothing": Hyper(0.0, BELOW_HALF)})
 HINGE = Shape(_hinge)
+HINGE_AT = Shape(_hinge_at, {"target_margin": Hyper(0.001, NOT_NEGATIVE)})
 IPO = Shape(_ipo, BETA)
 CALIBRATED = Shape(_calibrated, {"delta": Hyper(None, FINITE)})
 EXO = Shape(_exo, {"label_smoothing": Hyper(None, Interval(0.0, 0.5))})
@@ -433,6 +468,7 @@ _LINKS = {
     "dpo_alpha": link(HALF_BETA_GAP, ALPHA),
     "linear_dpo": link(BESIDE_ERROR, LINEAR, beta=500.0),
     "budget_dpo": link(HALF_BETA_GAP, BUDGET),
+    "diffusion_dro": link(GAP, HINGE_AT),
     "dmpo": link(HALF_BETA_GAP, DMPO, beta=6000.0),
     "smpo": link(SMOOTHED_GAP, LOG_SIGMOID),
     "seppo": link(BETA_GAP, LOG_SIGMOID, beta=2500.0),

@@ -19,7 +19,8 @@ target, r the reference's or an old policy's prediction, a the anchor's:
     plus    |r - t + c (p - r)|        minus   |r - t - c (p - r)|        c = `mix`, a number a row
     anchor  (p - a)^2
     count   elements that the mask does not hide
-and the group, with two members, cross = (p_w - t_w) (p_l - t_l).
+and the group, with two members, cross = (p_w - t_w) (p_l - t_l), which both masks weigh, over the
+second's count.
 """
 # mypy: disable-error-code="no-untyped-def, assignment, misc, var-annotated"
 
@@ -28,7 +29,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .knobs import pair_losses_jit
+from .knobs import pair_losses_jit, safeguard
+from .special import times
 
 
 @triton.jit
@@ -100,13 +102,28 @@ def _scalar(value, tensor, stride, group, inside):
 
 
 @triton.jit
-def _huber(huber):
-    """The constant c of pseudo-Huber errors, from (value,) or (0.0, 0-d tensor); None instead of
-    the tensor is more than the jit of Triton 3.6 takes."""
-    if len(huber) == 1:
-        return tl.full([], huber[0], tl.float32)
-    else:
-        return tl.load(huber[1]).to(tl.float32)
+def _hubers(huber, group, MEMBERS: tl.constexpr):
+    """Each member's constant c of pseudo-Huber errors, from (value,) or (0.0, tensor, its stride by
+    groups and by members); None instead of the tensor is more than the jit of Triton 3.6 takes."""
+    found = ()
+    for m in tl.static_range(MEMBERS):
+        if len(huber) < 2:
+            c = tl.full([], huber[0] if len(huber) == 1 else 0.0, tl.float32)
+        else:
+            c = tl.load(huber[1] + group * huber[2] + m * huber[3]).to(tl.float32)
+        found = found + (c,)  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _over(value, divisor):
+    """value / divisor, where only 0 is divided by 0, of L1 errors, for which c = 0."""
+    return value / tl.where(divisor == 0.0, 1.0, divisor)
+
+
+@triton.jit
+def _weighted(value, weight):
+    return value if weight is None else tl.where(weight == 0.0, 0.0, weight * value)
 
 
 @triton.jit
@@ -114,8 +131,8 @@ def _squares(diff, weight, c, HUBER: tl.constexpr):
     """Each element's part of the error: its square, or sqrt(diff^2 + c^2) - c."""
     value = diff * diff
     if HUBER:
-        value = value / (tl.sqrt(value + c * c) + c)
-    return value if weight is None else tl.where(weight == 0.0, 0.0, weight * value)
+        value = _over(value, tl.sqrt(value + c * c) + c)
+    return _weighted(value, weight)
 
 
 @triton.jit
@@ -125,8 +142,8 @@ def _gaps(pred, ref, diff, goal, weight, c, HUBER: tl.constexpr):
     diff_ref = ref - goal
     value = (pred - ref) * (diff + diff_ref)
     if HUBER:
-        value = value / (tl.sqrt(diff * diff + c * c) + tl.sqrt(diff_ref * diff_ref + c * c))
-    return value if weight is None else tl.where(weight == 0.0, 0.0, weight * value)
+        value = _over(value, tl.sqrt(diff * diff + c * c) + tl.sqrt(diff_ref * diff_ref + c * c))
+    return _weighted(value, weight)
 
 
 @triton.jit
@@ -205,26 +222,154 @@ def _group_sums(
         for kind in tl.static_range(1, KINDS):
             each = each + (_mean(totals[m * KINDS + kind], size),)  # noqa: RUF005
         members = members + (each,)  # noqa: RUF005
-    cross = _mean(totals[TOTAL - 1], sizes[0]) if CROSS else sizes[0]
+    cross = _mean(totals[TOTAL - 1], sizes[MEMBERS - 1]) if CROSS else sizes[0]
     return members, sizes, cross
+
+
+@triton.jit
+def _list_sums(
+    partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
+    MEMBERS: tl.constexpr, LISTED: tl.constexpr, KINDS: tl.constexpr, COUNTS: tl.constexpr,
+    MEAN: tl.constexpr, REF_ERRORS: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """(kinds of sums, sizes) of lists, [GROUPS, LISTED] each; LISTED is a power of 2."""
+    member = tl.arange(0, LISTED)[None, :]
+    there = (group < n_groups)[:, None] & (member < MEMBERS)
+    totals = ()
+    for kind in tl.static_range(KINDS + (COUNTS > 0)):
+        row = member * KINDS + kind
+        if kind == KINDS:
+            row = MEMBERS * KINDS + (member if COUNTS > 1 else 0 * member)
+        rows = partials + (row * n_groups + group[:, None]) * n_programs
+        total = tl.zeros([GROUPS, LISTED, PARTS], tl.float32)
+        for first in range(0, n_programs, PARTS):
+            part = first + tl.arange(0, PARTS)[None, None, :]
+            inside = there[:, :, None] & (part < n_programs)
+            total += tl.load(rows[:, :, None] + part, mask=inside, other=0.0, cache_modifier=".cg")
+        totals = totals + (tl.sum(total, axis=2),)  # noqa: RUF005
+    size = tl.full([GROUPS, LISTED], 1.0, tl.float32)
+    if MEAN and COUNTS > 0:
+        size = totals[KINDS]
+    elif MEAN:
+        size = tl.zeros([GROUPS, LISTED], tl.float32) + n_elements
+    kinds = ()
+    for kind in tl.static_range(KINDS):
+        kinds = kinds + (_mean(totals[kind], size, kind == 0),)  # noqa: RUF005
+    if REF_ERRORS:
+        rows = ref[0] + (group[:, None].to(tl.int64) * MEMBERS + member) * ref_strides[0][0]
+        of_ref = tl.load(rows, mask=there, other=0.0).to(tl.float32)
+        kinds = (kinds[0], kinds[0] - of_ref, of_ref)
+    return kinds, size
+
+
+@triton.jit
+def _list_losses(
+    kinds, lengths, values, tensors, strides, group, n_groups,
+    LINK: tl.constexpr, N_LINK: tl.constexpr, WEIGHTED: tl.constexpr, MEMBERS: tl.constexpr,
+    LISTED: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """The same of lists: losses and scores [GROUPS], slopes for each direction [GROUPS, LISTED]."""
+    member = tl.arange(0, LISTED)[None, :]
+    inside = (group < n_groups)[:, None]
+    active = inside & (member < MEMBERS)
+    if lengths is not None:
+        active = active & (member < tl.load(lengths + group, mask=group < n_groups)[:, None])
+    sums = ()
+    for kind in tl.static_range(len(kinds)):
+        sums = sums + (tl.where(active, kinds[kind], 0.0),)  # noqa: RUF005
+    none = tl.zeros([GROUPS], tl.float32)
+    LAST: tl.constexpr = N_LINK - 1
+    scalars = _scalars(values, tensors, strides, group, n_groups, 0, LAST)
+    numbers = ()
+    for i in tl.static_range(LAST):
+        numbers = numbers + ((none + scalars[i])[:, None],)  # noqa: RUF005
+    rows = tensors[LAST] + group[:, None].to(tl.int64) * strides[LAST][0]
+    of_members = tl.load(rows + member * strides[LAST][1], mask=active, other=0.0).to(tl.float32)
+    value, slopes, score = LINK(sums, of_members, member, numbers, active)
+    if WEIGHTED:
+        (weight,) = _scalars(values, tensors, strides, group, n_groups, N_LINK, N_LINK + 1)
+        value = times(weight, value)
+        weighted = ()
+        for d in tl.static_range(len(slopes)):
+            weighted = weighted + (times((none + weight)[:, None], slopes[d]),)  # noqa: RUF005
+        slopes = weighted
+    return value, slopes, score
+
+
+@triton.jit
+def _losses(
+    sums, cross, batch, guard, values, tensors, strides, group, n_groups,
+    LINK: tl.constexpr, SCORE: tl.constexpr, SHAPE: tl.constexpr, N_SCORE: tl.constexpr,
+    N_HYPER: tl.constexpr, N_LINK: tl.constexpr, SFT_WEIGHT: tl.constexpr, SWAP: tl.constexpr,
+    GUARD: tl.constexpr, DRIFT: tl.constexpr, WEIGHTED: tl.constexpr, REF: tl.constexpr,
+    MEMBERS: tl.constexpr,
+):  # fmt: skip
+    """(losses, slopes of each member, scores) of some groups, by the link and what is around it;
+    the numbers for that follow the link's own."""
+    if LINK is None:
+        W: tl.constexpr = 1 if SWAP else 0  # who is the winner
+        err_w, err_l = sums[W][0], sums[1 - W][0]
+        gap_w, gap_l = err_w, err_l
+        if REF is not None:
+            gap_w, gap_l = sums[W][1], sums[1 - W][1]
+        knobs = _scalars(values, tensors, strides, group, n_groups, N_HYPER, N_LINK)
+        value, slope_w, slope_l, score = pair_losses_jit(
+            err_w, err_l, gap_w, gap_l,
+            _scalars(values, tensors, strides, group, n_groups, 0, N_SCORE),
+            _scalars(values, tensors, strides, group, n_groups, N_SCORE, N_HYPER),
+            knobs, SCORE, SHAPE, SFT_WEIGHT,
+        )  # fmt: skip
+        if GUARD is not None:
+            (number,) = _scalars(values, tensors, strides, group, n_groups, N_LINK, N_LINK + 1)
+            if GUARD == "pair":
+                guard = safeguard(err_w, cross, number)
+            elif GUARD == "given":
+                guard = number
+            slope_l = times(guard, slope_l)
+        of_w, of_l = (slope_w,), (slope_l,)
+        if DRIFT:
+            AT: tl.constexpr = N_LINK + (GUARD is not None)
+            (number,) = _scalars(values, tensors, strides, group, n_groups, AT, AT + 1)
+            if len(knobs) > 0:
+                number = times(knobs[2], number)
+            value += times(number, 0.5 * (sums[0][3] + sums[1][3]))
+            slope = 0.5 * number + tl.zeros_like(value)
+            of_w, of_l = (slope_w, slope), (slope_l, slope)
+        return value, (of_l, of_w) if SWAP else (of_w, of_l), score
+    else:
+        scalars = _scalars(values, tensors, strides, group, n_groups, 0, N_LINK)
+        value, slopes, score = LINK(sums, cross, scalars, batch)
+        if WEIGHTED:
+            (weight,) = _scalars(values, tensors, strides, group, n_groups, N_LINK, N_LINK + 1)
+            value = times(weight, value)
+            weighted = ()
+            for m in tl.static_range(MEMBERS):
+                each = ()
+                for d in tl.static_range(len(slopes[m])):
+                    each = each + (times(weight, slopes[m][d]),)  # noqa: RUF005
+                weighted = weighted + (each,)  # noqa: RUF005
+            slopes = weighted
+        return value, slopes, score
 
 
 @triton.jit
 def _finish(
     loss, stats, partials, ref, lengths, values, tensors, strides, n_groups, n_elements, n_programs,
     ref_strides, group_scale,
-    LINK: tl.constexpr, FIRST: tl.constexpr, LOG_SUM_EXP: tl.constexpr, SCORE: tl.constexpr,
-    SHAPE: tl.constexpr, N_SCORE: tl.constexpr, N_HYPER: tl.constexpr, SFT_WEIGHT: tl.constexpr,
-    SWAP: tl.constexpr, REDUCE: tl.constexpr, MEAN: tl.constexpr, MEMBERS: tl.constexpr,
-    KINDS: tl.constexpr, COUNTS: tl.constexpr, CROSS: tl.constexpr, DIRECTIONS: tl.constexpr,
+    LINK: tl.constexpr, FIRST: tl.constexpr, SCORE: tl.constexpr, SHAPE: tl.constexpr,
+    N_SCORE: tl.constexpr, N_HYPER: tl.constexpr, N_LINK: tl.constexpr, SFT_WEIGHT: tl.constexpr,
+    SWAP: tl.constexpr, GUARD: tl.constexpr, WEIGHTED: tl.constexpr, HEATED: tl.constexpr,
+    REDUCE: tl.constexpr, MEAN: tl.constexpr, MEMBERS: tl.constexpr, LISTED: tl.constexpr,
+    KINDS: tl.constexpr, COUNTS: tl.constexpr, DRIFT: tl.constexpr, CROSS: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
     REF: tl.constexpr, REF_ERRORS: tl.constexpr, HUBER: tl.constexpr,
     GROUPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Sums -> link -> loss for all groups, by the one program that arrived last. A link may look at
-    the whole batch first: at the mean of what FIRST makes of a group, or its log-sum-exp."""
+    """Sums -> link -> loss for all groups, by the one program that arrived last. It goes over the
+    groups once more for each thing that a loss takes from the whole batch: the mean of what FIRST
+    makes of a group, the safeguard's sums, or, HEATED, the log-sum-exp of the losses."""
     batch = 0.0
     if FIRST is not None:
-        high = tl.full([GROUPS], float("-inf"), tl.float32)
         total = tl.zeros([GROUPS], tl.float32)
         for first in range(0, n_groups, GROUPS):
             group = first + tl.arange(0, GROUPS)
@@ -232,69 +377,128 @@ def _finish(
                 partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
                 MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, GROUPS, PARTS,
             )  # fmt: skip
-            scalars = _scalars(values, tensors, strides, group, n_groups, 0, len(values))
-            value = FIRST(sums, scalars, _active(lengths, group, n_groups, MEMBERS))
-            if LOG_SUM_EXP:
-                value = tl.where(group < n_groups, value, float("-inf"))
-                higher = tl.maximum(high, value)
-                kept = tl.where(high == higher, 1.0, tl.exp(high - higher))
-                total = total * kept + tl.where(value == higher, 1.0, tl.exp(value - higher))
-                total = tl.where(higher == float("-inf"), 0.0, total)
-                high = higher
+            scalars = _scalars(values, tensors, strides, group, n_groups, 0, N_LINK)
+            value = FIRST(sums, scalars)
+            total += tl.where(group < n_groups, value, 0.0)
+        batch = tl.sum(total, axis=0) / n_groups
+    guard = 1.0
+    if GUARD == "batch":
+        of_winners = tl.zeros([GROUPS], tl.float32)
+        of_both = tl.zeros([GROUPS], tl.float32)
+        for first in range(0, n_groups, GROUPS):
+            group = first + tl.arange(0, GROUPS)
+            sums, _, cross = _group_sums(
+                partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
+                MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, GROUPS, PARTS,
+            )  # fmt: skip
+            of_winners += tl.where(group < n_groups, sums[1 if SWAP else 0][0], 0.0)
+            of_both += tl.where(group < n_groups, cross, 0.0)
+        one = tl.full([], 0, tl.int32)  # all groups have the same number
+        (number,) = _scalars(values, tensors, strides, one, n_groups, N_LINK, N_LINK + 1)
+        guard = safeguard(tl.sum(of_winners, axis=0), tl.sum(of_both, axis=0), number)
+    heat = 1.0
+    log_sum = 0.0
+    if HEATED:
+        LAST: tl.constexpr = len(values) - 1
+        one = tl.full([], 0, tl.int32)
+        (number,) = _scalars(values, tensors, strides, one, n_groups, LAST, LAST + 1)
+        heat = number
+        high = tl.full([GROUPS], float("-inf"), tl.float32)
+        total = tl.zeros([GROUPS], tl.float32)
+        for first in range(0, n_groups, GROUPS):
+            group = first + tl.arange(0, GROUPS)
+            if LISTED:
+                kinds, _ = _list_sums(
+                    partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
+                    MEMBERS, LISTED, KINDS, COUNTS, MEAN, REF_ERRORS, GROUPS, PARTS,
+                )  # fmt: skip
+                value, _, _ = _list_losses(
+                    kinds, lengths, values, tensors, strides, group, n_groups,
+                    LINK, N_LINK, WEIGHTED, MEMBERS, LISTED, GROUPS,
+                )  # fmt: skip
             else:
-                total += tl.where(group < n_groups, value, 0.0)
-        if LOG_SUM_EXP:
-            highest = tl.max(high, axis=0)
-            batch = highest + tl.log(tl.sum(total * tl.exp(high - highest), axis=0))
-        else:
-            batch = tl.sum(total, axis=0) / n_groups
+                sums, _, cross = _group_sums(
+                    partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
+                    MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, GROUPS, PARTS,
+                )  # fmt: skip
+                value, _, _ = _losses(
+                    sums, cross, batch, guard, values, tensors, strides, group, n_groups,
+                    LINK, SCORE, SHAPE, N_SCORE, N_HYPER, N_LINK, SFT_WEIGHT, SWAP, GUARD, DRIFT,
+                    WEIGHTED, REF, MEMBERS,
+                )  # fmt: skip
+            value = tl.where(group < n_groups, value / heat, float("-inf"))
+            higher = tl.where(value <= high, high, value)  # NaN stays NaN
+            kept = tl.where(high == higher, 1.0, tl.exp(high - higher))
+            total = total * kept + tl.where(value == higher, 1.0, tl.exp(value - higher))
+            total = tl.where(higher == float("-inf"), 0.0, total)
+            high = higher
+        highest = tl.max(high, axis=0)
+        highest = tl.where(tl.sum(total, axis=0) >= 0.0, highest, float("nan"))
+        log_sum = highest + tl.log(tl.sum(total * tl.exp(high - highest), axis=0))
     total = tl.zeros([GROUPS], tl.float32)
     for first in range(0, n_groups, GROUPS):
         group = first + tl.arange(0, GROUPS)
         inside = group < n_groups
-        sums, sizes, cross = _group_sums(
-            partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
-            MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, GROUPS, PARTS,
-        )  # fmt: skip
-        if LINK is None:
-            err_w, err_l = sums[0][0], sums[1][0]
-            gap_w, gap_l = err_w, err_l
-            if REF is not None:
-                gap_w, gap_l = sums[0][1], sums[1][1]
-            if SWAP:
-                err_w, err_l, gap_w, gap_l = err_l, err_w, gap_l, gap_w
-            value, slope_w, slope_l, score = pair_losses_jit(
-                err_w, err_l, gap_w, gap_l,
-                _scalars(values, tensors, strides, group, n_groups, 0, N_SCORE),
-                _scalars(values, tensors, strides, group, n_groups, N_SCORE, N_HYPER),
-                _scalars(values, tensors, strides, group, n_groups, N_HYPER, len(values)),
-                SCORE, SHAPE, SFT_WEIGHT,
+        if LISTED:
+            kinds, sizes = _list_sums(
+                partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
+                MEMBERS, LISTED, KINDS, COUNTS, MEAN, REF_ERRORS, GROUPS, PARTS,
             )  # fmt: skip
-            slopes = ((slope_l,), (slope_w,)) if SWAP else ((slope_w,), (slope_l,))
+            value, slopes, score = _list_losses(
+                kinds, lengths, values, tensors, strides, group, n_groups,
+                LINK, N_LINK, WEIGHTED, MEMBERS, LISTED, GROUPS,
+            )  # fmt: skip
         else:
-            scalars = _scalars(values, tensors, strides, group, n_groups, 0, len(values))
-            active = _active(lengths, group, n_groups, MEMBERS)
-            value, slopes, score = LINK(sums, cross, scalars, batch, active)
+            sums, sizes, cross = _group_sums(
+                partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
+                MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, GROUPS, PARTS,
+            )  # fmt: skip
+            value, slopes, score = _losses(
+                sums, cross, batch, guard, values, tensors, strides, group, n_groups,
+                LINK, SCORE, SHAPE, N_SCORE, N_HYPER, N_LINK, SFT_WEIGHT, SWAP, GUARD, DRIFT,
+                WEIGHTED, REF, MEMBERS,
+            )  # fmt: skip
+        share = group_scale
+        if HEATED:
+            share = tl.exp(value / heat - log_sum)
         rows = stats + group
-        for kind in tl.static_range(len(sums[0])):
-            for m in tl.static_range(MEMBERS):
-                tl.store(rows, sums[m][kind], mask=inside)
-                rows += n_groups
-        if CROSS:
-            tl.store(rows, cross, mask=inside)
+        if LISTED:
+            member = tl.arange(0, LISTED)[None, :]
+            there = inside[:, None] & (member < MEMBERS)
+            rows = rows[:, None] + member * n_groups
+            for kind in tl.static_range(len(kinds)):
+                tl.store(rows, kinds[kind], mask=there)
+                rows += MEMBERS * n_groups
+            tl.store(stats + group + len(kinds) * MEMBERS * n_groups, score, mask=inside)
             rows += n_groups
-        tl.store(rows, score, mask=inside)
-        # of d err / d pred = 2 / size * (pred - target), all but the difference
-        scale = group_scale if HUBER else 2.0 * group_scale
-        for d in tl.static_range(DIRECTIONS):
-            for m in tl.static_range(MEMBERS):
+            each = (tl.zeros([GROUPS], tl.float32) + share)[:, None]
+            for d in tl.static_range(DIRECTIONS):
+                scale = each if HUBER and d == 0 else 2.0 * each
+                tl.store(rows, _mean(times(scale, slopes[d]), sizes), mask=there)
+                rows += MEMBERS * n_groups
+        else:
+            for kind in tl.static_range(len(sums[0])):
+                for m in tl.static_range(MEMBERS):
+                    tl.store(rows, sums[m][kind], mask=inside)
+                    rows += n_groups
+            if CROSS:
+                tl.store(rows, cross, mask=inside)
                 rows += n_groups
-                tl.store(rows, _mean(slopes[m][d] * scale, sizes[m]), mask=inside)
+            tl.store(rows, score, mask=inside)
+            for d in tl.static_range(DIRECTIONS):
+                # of d err / d pred = 2 / size * (pred - target), all but the difference
+                scale = share if HUBER and d == 0 else 2.0 * share
+                for m in tl.static_range(MEMBERS):
+                    rows += n_groups
+                    factor = times(scale, slopes[m][d]) if HEATED else slopes[m][d] * scale
+                    tl.store(rows, _mean(factor, sizes[m]), mask=inside)
         if REDUCE:
             total += tl.where(inside, value, 0.0)
         else:
             tl.store(loss + group, value, mask=inside)
-    if REDUCE:
+    if HEATED:
+        tl.store(loss, heat * (log_sum - tl.log(n_groups * 1.0)))
+    elif REDUCE:
         tl.store(loss, tl.sum(total, axis=0) * group_scale)
 
 
@@ -310,16 +514,87 @@ def _scalars(
 
 
 @triton.jit
-def _active(lengths, group, n_groups, MEMBERS: tl.constexpr):
-    """Whether a group has each of its members."""
-    found = ()
-    for m in tl.static_range(MEMBERS):
-        if lengths is None:
-            active = group < n_groups
-        else:
-            active = tl.load(lengths + group, mask=group < n_groups, other=0) > m
-        found = found + (active,)  # noqa: RUF005
-    return found
+def _add_up(
+    preds, targets, refs, masks, bases, anchors, hubers, affine, mix,
+    partials, group, part, n_groups, n_elements, n_programs,
+    sizes, pred_strides, target_strides, ref_strides, mask_strides, base_strides, anchor_strides,
+    FROM: tl.constexpr, TO: tl.constexpr, MEMBERS: tl.constexpr, KINDS: tl.constexpr,
+    COUNTS: tl.constexpr, PRED: tl.constexpr, TARGET: tl.constexpr, REF: tl.constexpr,
+    MASK: tl.constexpr, BASE: tl.constexpr, ANCHOR: tl.constexpr, DRIFT: tl.constexpr,
+    MIXED: tl.constexpr, CROSS: tl.constexpr, HUBER: tl.constexpr, VECTOR: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The partial sums of some members, and with them the counts of their elements."""
+    ONCE: tl.constexpr = MASK == "shared" and FROM > 0  # counted with the first members
+    COUNTED: tl.constexpr = 0 if COUNTS == 0 or ONCE else (1 if COUNTS == 1 else TO - FROM)
+    lane = tl.arange(0, BLOCK)
+    acc = ()
+    for _ in tl.static_range((TO - FROM) * KINDS + COUNTED + CROSS):
+        acc = acc + (tl.zeros([BLOCK // VECTOR], tl.float32),)  # noqa: RUF005
+    for block in range(part, (n_elements - 1) // BLOCK + 1, n_programs):  # n + BLOCK may overflow
+        start = tl.full([], block, tl.int64 if WIDE else tl.int32) * BLOCK
+        inside = start + lane < n_elements
+        added = ()
+        counts = ()
+        weight = None
+        for m in tl.static_range(FROM, TO):
+            if m == FROM or TARGET != "shared" or BASE is not None:
+                goal = _load(targets[m], start, lane, inside, sizes, _own(target_strides, m))
+                if BASE is not None:
+                    x = _load(bases[m], start, lane, inside, sizes, _own(base_strides, m))
+                    goal = _affine_target(goal, x, affine, group, n_groups, m, MEMBERS)
+                    goal = tl.where(inside, goal, 0.0)
+            if MASK is not None and (m == FROM or MASK != "shared"):
+                weight = _load(masks[m], start, lane, inside, sizes, _own(mask_strides, m))
+                if COUNTED > 0:
+                    counts = counts + (_together(weight, VECTOR),)  # noqa: RUF005
+            if m == FROM or PRED != "shared":
+                pred_m = _load(preds[m], start, lane, inside, sizes, _own(pred_strides, m))
+            diff = pred_m - goal
+            value = _squares(diff, weight, hubers[m], HUBER)
+            added = added + (_together(value, VECTOR),)  # noqa: RUF005
+            if REF is not None:
+                if m == FROM or REF != "shared":
+                    ref_m = _load(refs[m], start, lane, inside, sizes, _own(ref_strides, m))
+                off = ref_m - goal
+                value = _gaps(pred_m, ref_m, diff, goal, weight, hubers[m], HUBER)
+                added = added + (_together(value, VECTOR),)  # noqa: RUF005
+                value = _squares(off, weight, hubers[m], HUBER)
+                added = added + (_together(value, VECTOR),)  # noqa: RUF005
+                moved = pred_m - ref_m
+                if DRIFT:
+                    value = _squares(moved, weight, 0.0, False)
+                    added = added + (_together(value, VECTOR),)  # noqa: RUF005
+                if MIXED:
+                    value = _weighted(tl.abs(off + mix * moved), weight)
+                    added = added + (_together(value, VECTOR),)  # noqa: RUF005
+                    value = _weighted(tl.abs(off - mix * moved), weight)
+                    added = added + (_together(value, VECTOR),)  # noqa: RUF005
+            if ANCHOR is not None:
+                a = _load(anchors[m], start, lane, inside, sizes, _own(anchor_strides, m))
+                value = _squares(pred_m - a, weight, 0.0, False)
+                added = added + (_together(value, VECTOR),)  # noqa: RUF005
+            if CROSS and m == FROM:
+                first = diff
+                if MASK is not None:
+                    first_weight = weight
+        added = added + counts
+        if CROSS:
+            value = _weighted(first * diff, weight)
+            if MASK is not None and MASK != "shared":
+                value = _weighted(value, first_weight)
+            added = added + (_together(value, VECTOR),)  # noqa: RUF005
+        sums = ()
+        for i in tl.static_range(len(added)):
+            sums = sums + (acc[i] + added[i],)  # noqa: RUF005
+        acc = sums
+    parts = n_groups * n_programs
+    mine = partials + tl.program_id(0) + FROM * KINDS * parts
+    for i in tl.static_range(len(acc)):
+        if i == (TO - FROM) * KINDS and TO - FROM < MEMBERS:
+            mine = partials + tl.program_id(0) + (MEMBERS * KINDS + FROM) * parts
+        tl.store(mine, tl.sum(acc[i], axis=0))
+        mine += parts
 
 
 # The jit would compile once more for each of these that happens to be 1 or a multiple of 16. For
@@ -343,10 +618,12 @@ def pair_fwd(
     n_groups, n_elements, n_programs,
     sizes, pred_strides, target_strides, ref_strides, mask_strides, base_strides, anchor_strides,
     group_scale,
-    LINK: tl.constexpr, FIRST: tl.constexpr, LOG_SUM_EXP: tl.constexpr,
-    SCORE: tl.constexpr, SHAPE: tl.constexpr, N_SCORE: tl.constexpr, N_HYPER: tl.constexpr,
-    SFT_WEIGHT: tl.constexpr, SWAP: tl.constexpr, REDUCE: tl.constexpr, MEAN: tl.constexpr,
-    MEMBERS: tl.constexpr, PRED: tl.constexpr, TARGET: tl.constexpr, REF: tl.constexpr,
+    LINK: tl.constexpr, FIRST: tl.constexpr, SCORE: tl.constexpr, SHAPE: tl.constexpr,
+    N_SCORE: tl.constexpr, N_HYPER: tl.constexpr, N_LINK: tl.constexpr, SFT_WEIGHT: tl.constexpr,
+    SWAP: tl.constexpr, GUARD: tl.constexpr, WEIGHTED: tl.constexpr, HEATED: tl.constexpr,
+    REDUCE: tl.constexpr, MEAN: tl.constexpr,
+    MEMBERS: tl.constexpr, LISTED: tl.constexpr,
+    PRED: tl.constexpr, TARGET: tl.constexpr, REF: tl.constexpr,
     REF_ERRORS: tl.constexpr, MASK: tl.constexpr, BASE: tl.constexpr, ANCHOR: tl.constexpr,
     DRIFT: tl.constexpr, MIXED: tl.constexpr, CROSS: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
@@ -358,8 +635,10 @@ def pair_fwd(
     finishes, and leaves `ticket` at 0 for the next launch.
     stats (rows, n_groups): each sum of each member, kind by kind, without count; cross; the score;
     and the factors of the gradient, for each direction (p - t, p - r, p - a) those of each member.
+    LISTED: of lists, MEMBERS up to a power of 2; their link has the members in one tensor.
     loss: () or, unless REDUCE, (n_groups,). group_scale: 1 / n_groups for a mean, else 1.
-    values, tensors, strides: of the scalars, hyper-parameters and then knobs.
+    values, tensors, strides: of the scalars, N_LINK of the link (hyper-parameters and knobs), and
+    then those of what is around it: GUARD, DRIFT or WEIGHTED, HEATED.
     """
     HUBER: tl.constexpr = len(huber) > 0
     # what a thread loads at once of the widest operand: `launch._threads` has as many as that takes
@@ -376,87 +655,32 @@ def pair_fwd(
     part = tl.program_id(0) % n_programs
     preds = _starts(pred, pred_strides, group, n_groups, n_elements, MEMBERS, PRED)
     targets = _starts(target, target_strides, group, n_groups, n_elements, MEMBERS, TARGET)
-    if PAIRED:
-        refs = _starts(ref, ref_strides, group, n_groups, n_elements, MEMBERS, REF)
+    refs = _starts(ref, ref_strides, group, n_groups, n_elements, MEMBERS, REF if PAIRED else None)
     masks = _starts(mask, mask_strides, group, n_groups, n_elements, MEMBERS, MASK)
     bases = _starts(base, base_strides, group, n_groups, n_elements, MEMBERS, BASE)
     anchors = _starts(anchor, anchor_strides, group, n_groups, n_elements, MEMBERS, ANCHOR)
-    c = _huber(huber) if HUBER else 0.0
-    lane = tl.arange(0, BLOCK)
-    acc = ()
-    for _ in tl.static_range(MEMBERS * KINDS + COUNTS + CROSS):
-        acc = acc + (tl.zeros([BLOCK // VECTOR], tl.float32),)  # noqa: RUF005
-    for block in range(part, (n_elements - 1) // BLOCK + 1, n_programs):  # n + BLOCK may overflow
-        start = tl.full([], block, tl.int64 if WIDE else tl.int32) * BLOCK
-        inside = start + lane < n_elements
-        added = ()
-        counts = ()
-        weight = None
-        for m in tl.static_range(MEMBERS):
-            if m == 0 or TARGET != "shared" or BASE is not None:
-                goal = _load(targets[m], start, lane, inside, sizes, _own(target_strides, m))
-                if BASE is not None:
-                    x = _load(bases[m], start, lane, inside, sizes, _own(base_strides, m))
-                    goal = _affine_target(goal, x, affine, group, n_groups, m, MEMBERS)
-                    goal = tl.where(inside, goal, 0.0)
-            if MASK is not None and (m == 0 or MASK != "shared"):
-                weight = _load(masks[m], start, lane, inside, sizes, _own(mask_strides, m))
-                if COUNTS > 0:
-                    counts = counts + (_together(weight, VECTOR),)  # noqa: RUF005
-            if m == 0 or PRED != "shared":
-                pred_m = _load(preds[m], start, lane, inside, sizes, _own(pred_strides, m))
-            diff = pred_m - goal
-            value = _squares(diff, weight, c, HUBER)
-            added = added + (_together(value, VECTOR),)  # noqa: RUF005
-            if PAIRED:
-                if m == 0 or REF != "shared":
-                    ref_m = _load(refs[m], start, lane, inside, sizes, _own(ref_strides, m))
-                off = ref_m - goal
-                value = _gaps(pred_m, ref_m, diff, goal, weight, c, HUBER)
-                added = added + (_together(value, VECTOR),)  # noqa: RUF005
-                value = _squares(off, weight, c, HUBER)
-                added = added + (_together(value, VECTOR),)  # noqa: RUF005
-                moved = pred_m - ref_m
-                if DRIFT:
-                    value = _squares(moved, weight, 0.0, False)
-                    added = added + (_together(value, VECTOR),)  # noqa: RUF005
-                if MIXED:
-                    value = _weighted(tl.abs(off + mix * moved), weight)
-                    added = added + (_together(value, VECTOR),)  # noqa: RUF005
-                    value = _weighted(tl.abs(off - mix * moved), weight)
-                    added = added + (_together(value, VECTOR),)  # noqa: RUF005
-            if ANCHOR is not None:
-                a = _load(anchors[m], start, lane, inside, sizes, _own(anchor_strides, m))
-                value = _squares(pred_m - a, weight, 0.0, False)
-                added = added + (_together(value, VECTOR),)  # noqa: RUF005
-            if CROSS and m == 0:
-                first = diff
-        added = added + counts
-        if CROSS:
-            added = added + (_together(_weighted(first * diff, weight), VECTOR),)  # noqa: RUF005
-        sums = ()
-        for i in tl.static_range(len(added)):
-            sums = sums + (acc[i] + added[i],)  # noqa: RUF005
-        acc = sums
+    hubers = _hubers(huber, group, MEMBERS)
+    # Sums of more than eight members at a time take more registers than a thread has.
+    for FROM in tl.static_range(0, MEMBERS, 8):
+        _add_up(
+            preds, targets, refs, masks, bases, anchors, hubers, affine, mix,
+            partials, group, part, n_groups, n_elements, n_programs,
+            sizes, pred_strides, target_strides, ref_strides, mask_strides, base_strides,
+            anchor_strides,
+            FROM, FROM + 8 if FROM + 8 < MEMBERS else MEMBERS, MEMBERS, KINDS, COUNTS,
+            PRED, TARGET, REF if PAIRED else None, MASK, BASE, ANCHOR, DRIFT, MIXED, CROSS,
+            HUBER, VECTOR, WIDE, BLOCK,
+        )  # fmt: skip
     parts = n_groups * n_programs
-    mine = partials + tl.program_id(0)
-    for i in tl.static_range(MEMBERS * KINDS + COUNTS + CROSS):
-        tl.store(mine, tl.sum(acc[i], axis=0))
-        mine += parts
     if tl.atomic_add(ticket, 1, sem="acq_rel") == parts - 1:
         _finish(
             loss, stats, partials, ref, lengths, values, tensors, strides,
             n_groups, n_elements, n_programs, ref_strides, group_scale,
-            LINK, FIRST, LOG_SUM_EXP, SCORE, SHAPE, N_SCORE, N_HYPER, SFT_WEIGHT, SWAP, REDUCE,
-            MEAN, MEMBERS, KINDS, COUNTS, CROSS, 1 + DRIFT + (ANCHOR is not None), REF, REF_ERRORS,
-            HUBER, GROUPS, PARTS,
+            LINK, FIRST, SCORE, SHAPE, N_SCORE, N_HYPER, N_LINK, SFT_WEIGHT, SWAP, GUARD, WEIGHTED,
+            HEATED, REDUCE, MEAN, MEMBERS, LISTED, KINDS, COUNTS, DRIFT, CROSS,
+            1 + DRIFT + (ANCHOR is not None), REF, REF_ERRORS, HUBER, GROUPS, PARTS,
         )  # fmt: skip
         tl.store(ticket, 0)
-
-
-@triton.jit
-def _weighted(value, weight):
-    return value if weight is None else tl.where(weight == 0.0, 0.0, weight * value)
 
 
 @triton.jit
@@ -464,8 +688,8 @@ def _slope(diff, scale, weight, c, HUBER: tl.constexpr):
     """The gradient of one element; 0 by a factor of 0, whatever the element."""
     value = tl.where(scale == 0.0, 0.0, scale * diff)
     if HUBER:
-        value = value / tl.sqrt(diff * diff + c * c)
-    return value if weight is None else tl.where(weight == 0.0, 0.0, weight * value)
+        value = _over(value, tl.sqrt(diff * diff + c * c))
+    return _weighted(value, weight)
 
 
 @triton.jit(do_not_specialize=[*_COUNTS, "grad_stride", "first_factor"])
@@ -476,14 +700,15 @@ def pair_bwd(
     grad_strides,
     MEMBERS: tl.constexpr, PRED: tl.constexpr, TARGET: tl.constexpr, REF: tl.constexpr,
     MASK: tl.constexpr, BASE: tl.constexpr, ANCHOR: tl.constexpr,
-    NEEDED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, REVERSED: tl.constexpr,
+    NEEDED: tl.constexpr, EACH: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    REVERSED: tl.constexpr,
 ):  # fmt: skip
     """grad = grad_loss * sum over directions of factor * direction, in one launch.
 
     NEEDED: a bit for each member; others are neither read nor written, and have any pointer for
     their grad, since None is more than Triton 3.6 takes. ref and anchor are there if they are
-    directions. grad_stride: 1 for one grad_loss a group. first_factor: the row of stats where
-    they begin.
+    directions. grad_stride: 1 for one grad_loss a group. EACH: one for each of its members,
+    (MEMBERS, n_groups). first_factor: the row of stats where the factors begin.
     REVERSED: from the last block to the first; the last are what forward left in the L2 cache.
     """
     HUBER: tl.constexpr = len(huber) > 0
@@ -498,7 +723,7 @@ def pair_bwd(
     scales = ()
     for i in tl.static_range(MEMBERS * (1 + (REF is not None) + (ANCHOR is not None))):
         scales = scales + (tl.load(stats + (first_factor + i) * n_groups + group),)  # noqa: RUF005
-    c = _huber(huber) if HUBER else 0.0
+    hubers = _hubers(huber, group, MEMBERS)
     lane = tl.arange(0, BLOCK)
     last = (n_elements - 1) // BLOCK  # n + BLOCK may overflow
     for round in range(part, last + 1, n_programs):
@@ -541,11 +766,13 @@ def pair_bwd(
         total = None
         for m in tl.static_range(MEMBERS):
             if (NEEDED >> m) % 2 == 1:
+                if EACH:
+                    scale = tl.load(grad_loss + group + m * n_groups).to(tl.float32)
                 weight = weights[m] if MASK is not None else None
-                value = _slope(ways[m], scale * scales[m], weight, c, HUBER)
+                value = _slope(ways[m], scale * scales[m], weight, hubers[m], HUBER)
                 for d in tl.static_range(len(pulls[m])):
                     factor = scale * scales[(1 + d) * MEMBERS + m]
-                    value += _slope(pulls[m][d], factor, weight, c, False)
+                    value += _slope(pulls[m][d], factor, weight, 0.0, False)
                 if PRED == "shared":
                     total = value if total is None else total + value
                     value = total

@@ -69,6 +69,14 @@ class _InTorch:
         return abs(x)
 
     @staticmethod
+    def sum(x: Tensor, axis: int) -> Tensor:
+        return x.sum(axis)
+
+    @staticmethod
+    def max(x: Tensor, axis: int) -> Tensor:
+        return x.amax(axis)
+
+    @staticmethod
     def zeros_like(x: Any) -> Any:
         return torch.zeros_like(x) if isinstance(x, Tensor) else 0.0
 

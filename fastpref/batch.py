@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensor
 from torch.masked import MaskedTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .context import dispatches_itself, intercepted
+from .context import dispatches_itself, intercepted, readable
 
 Halves: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 Scalar: TypeAlias = "float | Tensor"
@@ -20,23 +20,29 @@ _KERNELS_TAKE = (torch.float32, torch.float16, torch.bfloat16)
 _DTYPES = (*_KERNELS_TAKE, torch.float64)
 
 
-class Pairs(NamedTuple):
-    """The tensors of B pairs: each (stacked (2B, ...), None) or (winners, losers); a target or mask
-    that pairs share is ((B, ...), None); what is absent is (None, None).
+class Batch(NamedTuple):
+    """The tensors of B groups, which are pairs, single samples, or lists.
 
-    ref: the reference's predictions, or its errors, (2B,) or (B,) each. mask: of pred's sizes.
-    wide: fp64 is computed in. swap: losers and winners change places in all of them. intercepted:
-    see `context.intercepted`.
+    Of pairs, each is (stacked (2B, ...), None) or (winners, losers); a target or mask that a group
+    shares is ((B, ...), None); what is absent is (None, None). Members of a list follow one another
+    in (B * members, ...).
+
+    ref: the reference's predictions, or its errors, a number for each sample. mask: of pred's
+    sizes. is_fp64: what is computed in. swap: losers and winners change places in all of them.
+    intercepted: see `context.intercepted`. lengths: (B,), how many members a list has.
     """
 
     pred: Operand
     target: Operand
     ref: Operand
     mask: Operand
-    n_pairs: int
-    wide: bool
+    n_groups: int
+    is_fp64: bool
     swap: bool
     intercepted: bool
+    members: int = 2
+    listed: bool = False
+    lengths: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -58,7 +64,7 @@ def check_pairs(
     ref_mse: Halves | None = None,
     mask: Halves | None = None,
     swap: bool = False,
-) -> Pairs:
+) -> Batch:
     """Raises TypeError or ValueError that names the argument, what came, and what is needed."""
     if swap is not True and swap is not False:
         raise TypeError(f"swap must be True or False, got a {type(swap).__name__}")
@@ -66,8 +72,8 @@ def check_pairs(
     if ref_mse is None and mask is None and not intercepted():
         n_pairs = _usual_pairs(model_pred, target, ref_pred)
         if n_pairs:
-            whole = (model_pred, None), (target, None), (ref_pred, None), masks
-            return Pairs._make((*whole, n_pairs, False, swap, False))
+            whole: list[Any] = [(model_pred, None), (target, None), (ref_pred, None), masks]
+            return Batch(*whole, n_pairs, False, swap, False)  # type: ignore[call-arg]
     pred_w, pred_l = _operand("model_pred", model_pred)
     n_samples, *sample = pred_w.shape
     if pred_w.numel() == 0:
@@ -107,7 +113,7 @@ def check_pairs(
     wide = any(t is not None and t.dtype == torch.float64 for t in operands)
     target_l = None if shared else target_l
     python_first = intercepted(*operands, *ref, *masks)
-    return Pairs(
+    return Batch(
         (pred_w, pred_l), (target_w, target_l), ref, masks, n_pairs, wide, swap, python_first
     )
 
@@ -146,8 +152,92 @@ def _usual_pairs(pred: Any, target: Any, ref: Any) -> int:
     return n_samples // 2
 
 
-def check_errors(mse: Halves, ref_mse: Halves | None) -> tuple[Operand, Operand, int]:
-    """Per-sample errors of model and reference, and the number of pairs; raises as check_pairs."""
+def check_groups(
+    model_pred: Tensor,
+    target: Tensor,
+    ref_pred: Tensor | None,
+    ref_mse: Tensor | None,
+    mask: Tensor | None,
+    members: int,
+    lengths: Tensor | None = None,
+) -> Batch:
+    """The same of samples, or of lists of `members`, which are single tensors."""
+    pred = _tensor("model_pred", model_pred, 2, _DTYPES)
+    n_samples, *sample = pred.shape
+    if pred.numel() == 0 or n_samples % members:
+        each = "" if members == 1 else f" x {members}"
+        raise ValueError(
+            f"model_pred has shape {tuple(pred.shape)}; expected (B{each}, ...), with at least one "
+            "element"
+        )
+    n_groups = n_samples // members
+    rows = (n_samples,) if members == 1 else (n_samples, n_groups)
+    target = _whole("target", target, rows, sample)
+    constants: list[tuple[str, Tensor | None]] = [("target", target)]
+    ref: Tensor | None = None
+    if ref_pred is not None and ref_mse is not None:
+        raise ValueError("ref_pred and ref_mse were both given; expected only one of them")
+    if ref_pred is not None:
+        ref = _whole("ref_pred", ref_pred, rows[:1], sample)
+        constants += [("ref_pred", ref)]
+    elif ref_mse is not None:
+        ref = _whole("ref_mse", ref_mse, rows[:1], [])
+        constants += [("ref_mse", ref)]
+    if mask is not None:
+        mask = _whole("mask", mask, rows, sample, (torch.bool, *_DTYPES), broadcast=True)
+        constants += [("mask", mask)]
+        mask = mask.expand(-1, *sample)
+    if lengths is not None:
+        lengths = _lengths(lengths, n_groups, members)
+        constants += [("lengths", lengths)]
+    _check_constants(constants, pred, "model_pred")
+    is_fp64 = any(t is not None and t.dtype == torch.float64 for t in (pred, target, ref_pred))
+    python_first = intercepted(pred, target, ref, mask, lengths)
+    return Batch(
+        (pred, None), (target, None), (ref, None), (mask, None), n_groups, is_fp64, False,
+        python_first, members, True, lengths,
+    )  # fmt: skip
+
+
+def _whole(
+    name: str,
+    value: Any,
+    rows: tuple[int, ...],
+    sample: list[int],
+    dtypes: tuple[torch.dtype, ...] = _DTYPES,
+    broadcast: bool = False,
+) -> Tensor:
+    """A tensor of `sample` for each of so many rows."""
+    tensor = _tensor(name, value, 2 if sample else 1, dtypes)
+    inner = list(tensor.shape[1:])
+    if broadcast and len(inner) == len(sample):
+        inner = [s if i == 1 else i for i, s in zip(inner, sample, strict=True)]
+    if inner == sample and any(tensor.shape[0] == n for n in rows):
+        return tensor
+    needed = " or ".join(str((n, *sample)) for n in rows)
+    ones = ", where any size after the first may be 1" if broadcast else ""
+    raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {needed}{ones}")
+
+
+def _lengths(value: Any, n_groups: int, members: int) -> Tensor:
+    lengths = plain("lengths", value)
+    if lengths.dtype not in (torch.int32, torch.int64) or lengths.shape != (n_groups,):
+        raise ValueError(
+            f"lengths is a {lengths.dtype} tensor of shape {tuple(lengths.shape)}; expected int64 "
+            f"or int32 of shape ({n_groups},), how many of its {members} rows each list has"
+        )
+    if readable(lengths):
+        outside = [n for n in lengths.tolist() if not 0 <= n <= members]
+        if outside:
+            raise ValueError(f"lengths contains {outside[0]}; expected numbers in [0, {members}]")
+    return lengths
+
+
+def check_errors(
+    mse: Halves, ref_mse: Halves | None, gap: Halves | None = None
+) -> tuple[Operand, Operand, int]:
+    """Per-sample errors of the model, those of the reference or the gaps, and the number of pairs;
+    raises as check_pairs."""
     mse_w, mse_l = _operand("mse", mse, min_dim=1)
     if mse_w.dim() != 1 or mse_w.numel() == 0 or (mse_l is None and mse_w.shape[0] % 2):
         raise ValueError(
@@ -155,13 +245,19 @@ def check_errors(mse: Halves, ref_mse: Halves | None) -> tuple[Operand, Operand,
             "winners first, or a tuple of two (B,) tensors"
         )
     n_pairs = mse_w.shape[0] // 2 if mse_l is None else mse_w.shape[0]
+    others: list[tuple[str, Tensor | None]] = []
     ref = _ABSENT
     if ref_mse is not None:
         ref = ref_w, ref_l = _operand("ref_mse", ref_mse, min_dim=1)
         _check_shape("ref_mse", ref_w, ref_l, n_pairs, [], owner="mse")
-    _check_constants([("ref_mse", ref[0]), ("ref_mse[1]", ref[1])], mse_w, "mse")
-    if mse_l is not None and mse_l.device != mse_w.device:
-        raise ValueError(_on_another_device("mse[1]", mse_l, mse_w, "mse[0]"))
+        _check_constants([("ref_mse", ref_w), ("ref_mse[1]", ref_l)], mse_w, "mse")
+    elif gap is not None:
+        ref = gap_w, gap_l = _operand("gap", gap, min_dim=1)
+        _check_shape("gap", gap_w, gap_l, n_pairs, [], owner="mse")
+        others = [("gap", gap_w), ("gap[1]", gap_l)]
+    for name, tensor in (("mse[1]", mse_l), *others):
+        if tensor is not None and tensor.device != mse_w.device:
+            raise ValueError(_on_another_device(name, tensor, mse_w, "mse"))
     return (mse_w, mse_l), ref, n_pairs
 
 

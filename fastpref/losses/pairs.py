@@ -1,13 +1,14 @@
-"""One public function per loss: what it is, its formula, its convention for beta and its source.
+"""Losses on pairs of a winner and a loser.
 
 In the formulas below, mse_w and mse_l are the errors of a pair's winner and loser, mean (model_pred
 - target)^2 over a sample's elements; ref_mse_w and ref_mse_l those of the frozen reference model;
 drop_w = mse_w - ref_mse_w and drop_l = mse_l - ref_mse_l are negative where the model became
 better. Every function takes model_pred, target and ref_pred in the forms that `pair_loss`
 describes, its keyword arguments besides (mask, sample_weight, pair_weight, logit_scale,
-loser_weight, label_smoothing, sft_weight, prior_weight, huber_c, swap, error_reduction, reduction,
-impl), returns a LossOutput, and raises a TypeError or ValueError that names the argument, what came
-and what is needed. Each number may be a float, a 0-d tensor or a (B,) tensor.
+loser_weight, label_smoothing, sft_weight, prior_weight, huber_c, swap, loser_gradient_scale,
+safeguard, anchor_weight, error_reduction, reduction, dro_temperature, impl), returns a LossOutput,
+and raises a TypeError or ValueError that names the argument, what came and what is needed. Each
+number may be a float, a 0-d tensor or a (B,) tensor.
 
 beta multiplies *means* over elements, in the convention of each official code; `convert_beta` goes
 between conventions.
@@ -18,14 +19,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .conventions import DPO_LOSS_TYPES, DPOLossType
-from .dispatch import (
+from fastpref_kernels.groups import DSPO
+
+from ..batch import Halves, Scalar
+from ..conventions import DPO_LOSS_TYPES, DPOLossType
+from ..dispatch import (
     Knobs,
-    LossOutput,
     OneSidedKnobs,
     OwnErrorKnobs,
     SignedKnobs,
@@ -33,7 +35,8 @@ from .dispatch import (
     UnsmoothedKnobs,
     pair_loss,
 )
-from .pairs import Halves, Scalar
+from ..grouped import SquaresKnobs, summed_pair_loss
+from ..outputs import LossOutput
 
 
 def mapo_loss(
@@ -217,38 +220,6 @@ def smpo_loss(
     )
 
 
-def smoothed_preference(
-    score_w: Tensor,
-    score_l: Tensor,
-    *,
-    low: float = 0.11543526500463486,
-    high: float = 0.28201571106910706,
-) -> Tensor:
-    """SmPO's probability that the winner is the better image, (B,) fp32, from two reward scores.
-
-    ``prob = sigmoid((score_w - score_l) / (high - low))``: the softmax of both scores after low and
-    high, the reward's range over the data set, became 0 and 1.
-
-    Args:
-        score_w, score_l: (B,) scores of winners and losers, of any dtype.
-        low, high: the range; the defaults are the official code's, PickScore's on Pick-a-Pic. A
-            difference of the whole range gives 0.73: probabilities stay soft.
-
-    Raises: TypeError, ValueError. Source: as in `smpo_loss`; train.py, lines 739-747.
-    """
-    for name, score in (("score_w", score_w), ("score_l", score_l)):
-        if not isinstance(score, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got a {type(score).__name__}")
-    if score_w.dim() != 1 or score_w.shape != score_l.shape:
-        raise ValueError(
-            f"score_w has shape {tuple(score_w.shape)} and score_l {tuple(score_l.shape)}; "
-            "expected one score per pair, (B,), in both"
-        )
-    if not high > low:
-        raise ValueError(f"high is {high} and low is {low}; expected high above low")
-    return torch.sigmoid((score_w.float() - score_l.float()) / (high - low))
-
-
 def dmpo_loss(
     model_pred: Halves,
     target: Halves,
@@ -310,7 +281,8 @@ def capo_loss(
     Args:
         model_pred, target, ref_pred, ref_mse: as in `dpo_loss`.
         delta: the winner's calibrated reward less the loser's, (B,) or one for all. A calibrated
-            reward is a win rate, in [0, 1], against the pretrained model's samples.
+            reward is a win rate, in [0, 1], against the pretrained model's samples;
+            `fastpref.preferences` makes it of rewards, and chooses pairs.
         beta: no 1/2 is folded into it, means over elements. The paper's could not be read: the
             default is the strength of `dpo_loss`'s.
         knobs: as in `pair_loss`; logit_scale takes the factor that the paper's margin has besides,
@@ -503,6 +475,75 @@ def linear_dpo_loss(
         eta=eta,
         **knobs,
     )
+
+
+def diffusion_dro_loss(
+    model_pred: Halves,
+    target: Halves,
+    ref_pred: Halves | None = None,
+    *,
+    ref_mse: Halves | None = None,
+    target_margin: Scalar = 0.001,
+    **knobs: Unpack[Knobs],
+) -> LossOutput:
+    """Diffusion-DRO: expert images against the model's own, until they are apart by a margin.
+
+    Per pair::
+
+        loss   = relu(target_margin - margin)
+        margin = drop_l - drop_w
+
+    Args:
+        model_pred, target, ref_pred, ref_mse: as in `dpo_loss`. Winners are the experts' images;
+            losers replay a step of the model's own sampling, its latent with the prediction that it
+            had made there as the target, each half at timesteps of its own.
+        target_margin: how much more the expert's error must drop than the loser's.
+        knobs: as in `pair_loss`.
+
+    Not to be confused with reduction="dro". Source: "Ranking-based Preference Optimization for
+    Diffusion Models from Implicit User Feedback", arXiv:2510.18353, and train.py of
+    github.com/basiclab/DiffusionDRO, lines 745-768.
+    """
+    return pair_loss(
+        model_pred,
+        target,
+        ref_pred,
+        ref_mse=ref_mse,
+        link="diffusion_dro",
+        target_margin=target_margin,
+        **knobs,
+    )
+
+
+def dspo_loss(
+    model_pred: Halves,
+    target: Halves,
+    ref_pred: Halves | None = None,
+    *,
+    beta: Scalar = 0.001,
+    **knobs: Unpack[SquaresKnobs],
+) -> LossOutput:
+    """DSPO, direct score preference optimization: fit the winner beyond its target, by what the
+    reference is off, as long as the pair is not won.
+
+    Per pair, with the winner's elements pred_w, target_w and ref_w, and no gradient cut off::
+
+        loss   = mean((pred_w - target_w - beta * sigmoid(-margin) * (pred_w - ref_w))^2)
+        margin = -beta/2 * (drop_w - drop_l)
+
+    Args:
+        model_pred, target: as in `pair_loss`. ref_pred: as in `dpo_loss`; its errors will not do.
+        beta: .001 in the official SD1.5 script, .001 to .05 in its README. At .001 margins hardly
+            leave 0, and the loss is nearly plain fine-tuning on winners.
+        knobs: mask, pair_weight, error_reduction, reduction, dro_temperature and impl, as in
+            `pair_loss`. Errors are squares.
+
+    Source: Zhu et al., "DSPO: Direct Score Preference Optimization for Diffusion Model Alignment",
+    ICLR 2025, and train.py of github.com/huaishengzhu/DSPO, lines 1141-1169, the SD1.5 form. Its
+    SDXL form, which at first trains nothing but the sigmoid and changes its formula once the batch
+    has drifted by .1, is not here. The code is for 4-D latents; this takes any rank.
+    """
+    return summed_pair_loss(DSPO, model_pred, target, ref_pred, {"beta": beta}, **knobs)
 
 
 def simpo_loss(

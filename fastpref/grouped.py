@@ -1,0 +1,209 @@
+"""Entry points of the losses on samples, on lists, and on pairs of which more is summed up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import TypedDict, Unpack
+
+from fastpref_kernels.groups import LABEL
+from fastpref_kernels.knobs import NOTHING_AROUND, Around
+from fastpref_kernels.links import Group, Hyper
+
+from . import ops, reference
+from .batch import Batch, Halves, Scalar, check_groups, check_pairs, plain
+from .context import readable
+from .dispatch import (
+    ErrorReduction,
+    Impl,
+    MissingReference,
+    Reduction,
+    check_reductions,
+    takes_triton,
+)
+from .outputs import LossOutput, SampleOutput
+from .scalars import ANCHOR, check_heat, check_huber, check_scalar, unexpected
+from .sums import Options
+
+
+class SumKnobs(TypedDict, total=False):
+    """Keyword arguments of every loss here; see `sample_loss`."""
+
+    mask: Tensor
+    error_reduction: ErrorReduction
+    reduction: Reduction
+    dro_temperature: Scalar
+    impl: Impl
+
+
+class GroupKnobs(SumKnobs, total=False):
+    """Of the losses on samples and lists."""
+
+    weight: Scalar
+    huber_c: Scalar
+
+
+class SummedGroupKnobs(TypedDict, total=False):
+    """Of those that take sums over a sample's elements, unless told otherwise."""
+
+    mask: Tensor
+    reduction: Reduction
+    dro_temperature: Scalar
+    impl: Impl
+    weight: Scalar
+    huber_c: Scalar
+
+
+class SquaresKnobs(SumKnobs, total=False):
+    """Of losses on pairs whose errors must be squares."""
+
+    pair_weight: Scalar
+
+
+def sample_loss(
+    link: Group,
+    model_pred: Tensor,
+    target: Tensor,
+    ref_pred: Tensor | None,
+    ref_mse: Tensor | None,
+    numbers: Mapping[str, Any],
+    of_members: Mapping[str, Tensor] | None = None,
+    lengths: Tensor | None = None,
+    **knobs: Unpack[GroupKnobs],
+) -> SampleOutput:
+    """The loss of a link on single samples, (B, ...), or on lists of k, (B * k, ...), each prompt's
+    rows following one another.
+
+    Args:
+        numbers: the link's, by name: floats, or tensors of shape () or (B,).
+        of_members: those of each member of a list, (B, k). lengths: as in `rankdpo_loss`.
+        knobs:
+            mask, error_reduction, impl: as in `pair_loss`; a list may share its mask.
+            huber_c: as in `pair_loss`: one number, (B,), or of lists (B * k,).
+            weight: of each sample's or list's loss; 0 switches it off, whatever is in it.
+            reduction, dro_temperature: "mean" or "sum" over samples or lists, "none" for (B,), or
+                "dro", as in `pair_loss`.
+    """
+    _check_reference(link, ref_pred, ref_mse)
+    batch = check_groups(
+        model_pred, target, ref_pred, ref_mse, knobs.pop("mask", None), link.members, lengths
+    )
+    loss, each = _run(link, batch, numbers, of_members or {}, "weight", {**knobs})
+    k = link.members
+    errors, drops, ref_errors = (
+        each[i * k] if k == 1 else torch.stack(each[i * k : (i + 1) * k], 1) for i in range(3)
+    )
+    if lengths is not None:
+        there = torch.arange(k, device=lengths.device) < lengths[:, None]
+        errors, drops, ref_errors = (
+            torch.where(there, kind, 0.0) for kind in (errors, drops, ref_errors)
+        )
+    return SampleOutput(loss, errors, each[3 * k], ref_errors, drops)
+
+
+def summed_pair_loss(
+    link: Group,
+    model_pred: Halves,
+    target: Halves,
+    ref_pred: Halves | None,
+    numbers: Mapping[str, Any],
+    **knobs: Unpack[SquaresKnobs],
+) -> LossOutput:
+    """The loss of a link on pairs, of which it takes more sums than `pair_loss` has."""
+    _check_reference(link, ref_pred, None)
+    batch = check_pairs(model_pred, target, ref_pred, None, knobs.pop("mask", None))
+    loss, each = _run(link, batch, numbers, {}, "pair_weight", {**knobs})
+    mse_w, mse_l, drop_w, drop_l, ref_w, ref_l, *rest = each
+    margin = rest[2 * link.drift + link.cross]
+    return LossOutput(loss, mse_w, mse_l, margin, ref_w, ref_l, drop_w, drop_l)
+
+
+def _check_reference(link: Group, ref_pred: Any, ref_mse: Any) -> None:
+    if link.needs_ref and ref_pred is None and (link.drift or ref_mse is None):
+        wanted = "ref_pred" if link.drift else "ref_pred or ref_mse"
+        raise MissingReference(
+            f"{wanted} is missing; the loss compares with a reference model and needs its "
+            f"predictions{'' if link.drift else ' or errors'}"
+        )
+
+
+def _run(
+    link: Group,
+    batch: Batch,
+    numbers: Mapping[str, Any],
+    of_members: Mapping[str, Any],
+    weight_name: str,
+    knobs: dict[str, Any],
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(loss, rows of stats)"""
+    n, device = batch.n_groups, batch.device
+    reduction, error_reduction = (knobs.pop(k, "mean") for k in ("reduction", "error_reduction"))
+    check_reductions(reduction, error_reduction)
+    heat = check_heat(reduction, knobs.pop("dro_temperature", 1.0), device)
+    weight, impl = knobs.pop(weight_name, None), knobs.pop("impl", "auto")
+    huber_c = knobs.pop("huber_c", None) if link.huber else None
+    if knobs:
+        accepted = [*numbers, *of_members, *SumKnobs.__annotations__, weight_name]
+        accepted += ["huber_c"] if link.huber else []
+        raise TypeError(unexpected(f"loss {link.name!r}", [*knobs], accepted))
+    scalars = [_number(name, numbers[name], hyper, n, device) for name, hyper in link.hyper.items()]
+    for name, hyper in link.of_members.items():
+        scalars.append(_of_members(name, of_members[name], hyper, batch))
+    if weight is not None:
+        weight = check_scalar(weight_name, weight, ANCHOR, n, device)
+    if huber_c is not None:
+        huber_c = check_huber(huber_c, n, n * link.members, device)
+    around = NOTHING_AROUND
+    if weight is not None or heat is not None:
+        around = Around(weight=weight, heat=heat)
+    options = Options(link, scalars, huber_c, reduction, error_reduction, around)
+    run = ops.loss_of if takes_triton(impl, batch) else reference.loss_of
+    loss, stats = run(batch, options)
+    return loss, stats.unbind()
+
+
+def _number(name: str, value: Any, hyper: Hyper, n: int, device: torch.device) -> Scalar:
+    if hyper is not LABEL:
+        return check_scalar(name, value, hyper, n, device)
+    label = plain(name, value)
+    if label.shape != (n,) or label.is_complex():
+        raise ValueError(
+            f"{name} is a {label.dtype} tensor of shape {tuple(label.shape)}; expected bool, or 0 "
+            f"and 1, of shape ({n},)"
+        )
+    _check_numbers(name, label, device)
+    if readable(label) and (other := [v for v in label.tolist() if v not in (0, 1)]):
+        raise ValueError(f"{name} contains {other[0]}; expected only 0 and 1")
+    return label
+
+
+def _of_members(name: str, value: Any, hyper: Hyper, batch: Batch) -> Tensor:
+    """A number of each member, (B, members)."""
+    scores, shape = plain(name, value), (batch.n_groups, batch.members)
+    if scores.shape != shape or not scores.is_floating_point():
+        raise ValueError(
+            f"{name} is a {scores.dtype} tensor of shape {tuple(scores.shape)}; expected float of "
+            f"shape {shape}"
+        )
+    _check_numbers(name, scores, batch.device)
+    lengths = batch.lengths
+    if readable(scores) and (lengths is None or readable(lengths)):
+        rows = scores.tolist()
+        for i, length in enumerate([] if lengths is None else lengths.tolist()):
+            rows[i] = rows[i][:length]  # padding may hold anything
+        if outside := [v for row in rows for v in row if v not in hyper.interval]:
+            raise ValueError(f"{name} contains {outside[0]}; expected numbers in {hyper.interval}")
+    return scores
+
+
+def _check_numbers(name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}; expected {device}, model_pred's device")
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires a gradient, but the loss is differentiable with respect to "
+            f"model_pred only; pass {name}.detach()"
+        )

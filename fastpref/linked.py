@@ -1,0 +1,130 @@
+"""A loss from its sums, on tensors: the link, what is around it, and the reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref_kernels.knobs import pair_losses, safeguard_in_torch
+from fastpref_kernels.links import Group, Link
+from fastpref_kernels.special import in_torch, times
+
+from .batch import Batch
+from .sums import Options, swapped
+
+_times = in_torch(times)
+
+
+class Linked(NamedTuple):
+    """losses, margin: (B,). slopes: for each direction (pred - target, and with drift pred - ref)
+    those of the members, (members, B) or what broadcasts to it."""
+
+    losses: Tensor
+    slopes: list[list[Any]]
+    margin: Tensor
+
+
+def linked(batch: Batch, options: Options, kinds: Sequence[Tensor], cross: Tensor | None) -> Linked:
+    """kinds: (members, B) of each kind of sums: errors, and with a reference gaps, its errors, and
+    the drift. Slopes are those of the losses, which autograd may differentiate instead."""
+    if isinstance(options.link, Group):
+        return _of_groups(options.link, batch, options, kinds, cross)
+    return of_pairs(options, kinds, cross, batch.swap)
+
+
+def of_pairs(options: Options, kinds: Sequence[Tensor], cross: Tensor | None, swap: bool) -> Linked:
+    assert isinstance(options.link, Link)
+    around, scalars = options.around, options.scalars
+    errors = swapped(kinds[0], swap)
+    gaps = swapped(kinds[1], swap) if len(kinds) > 1 else errors
+    (err_w, err_l), (gap_w, gap_l) = errors, gaps
+    guard = _guard(options, err_w, cross)
+    if guard is not None:
+        err_l, gap_l = _gradient_times(guard, err_l), _gradient_times(guard, gap_l)
+    losses, slope_w, slope_l, margin = pair_losses(
+        options.link, (err_w, err_l), (gap_w, gap_l), scalars
+    )
+    if guard is not None:
+        slope_l = _times(guard, slope_l)
+    slopes = [[slope_l, slope_w] if swap else [slope_w, slope_l]]
+    if around.drift_weight is not None:
+        weight = around.drift_weight
+        if len(scalars) > len(options.link.hyper):
+            weight = _times(scalars[len(options.link.hyper) + 2], weight)  # pair_weight
+        losses = losses + _times(weight, 0.5 * (kinds[3][0] + kinds[3][1]))
+        slopes.append([0.5 * weight] * 2)
+    return Linked(losses, slopes, margin)
+
+
+def _guard(options: Options, err_w: Tensor, cross: Tensor | None) -> Any:
+    """What the loser's gradient is multiplied by."""
+    around = options.around
+    if around.guard is None or around.guard == "given":
+        return around.guard_number
+    assert cross is not None
+    err_w, cross = err_w.detach(), cross.detach()
+    if around.guard == "batch":
+        err_w, cross = err_w.sum(), cross.sum()
+    return safeguard_in_torch(err_w, cross, around.guard_number)
+
+
+def _gradient_times(factor: Any, x: Tensor) -> Tensor:
+    held = x.detach()
+    return held + _times(factor, torch.where(held.isfinite(), x - held, 0.0))
+
+
+def _of_groups(
+    link: Group, batch: Batch, options: Options, kinds: Sequence[Tensor], cross: Tensor | None
+) -> Linked:
+    if link.listed:
+        losses, slopes, margin = _of_lists(link, batch, options, kinds)
+    else:
+        sums, scalars = tuple(zip(*kinds, strict=True)), tuple(options.scalars)
+        mean: Any = 0.0
+        if link.first is not None:
+            mean = link.first.torch(sums, scalars).mean().detach()
+        losses, of_members, margin = link.torch(sums, cross, scalars, mean)
+        slopes = [[*each] for each in zip(*of_members, strict=True)]
+    if (weight := options.around.weight) is not None:
+        losses = _times(weight, losses)
+        slopes = [[_times(weight, slope) for slope in each] for each in slopes]
+    return Linked(losses, slopes, margin)
+
+
+def _of_lists(
+    link: Group, batch: Batch, options: Options, kinds: Sequence[Tensor]
+) -> tuple[Tensor, list[list[Any]], Tensor]:
+    *scalars, of_members = options.scalars
+    assert isinstance(of_members, Tensor)
+    order = torch.arange(batch.members, device=batch.device)[None]
+    active = torch.ones_like(of_members, dtype=torch.bool)
+    if batch.lengths is not None:  # what lies beyond may be anything
+        active = order < batch.lengths[:, None]
+        of_members = torch.where(active, of_members, 0.0)
+    sums = [kind.T if batch.lengths is None else torch.where(active, kind.T, 0.0) for kind in kinds]
+    numbers = [n[:, None] if isinstance(n, Tensor) and n.dim() else n for n in scalars]
+    losses, slopes, margin = link.torch(tuple(sums), of_members, order, tuple(numbers), active)
+    return losses, [[*slope.unbind(1)] for slope in slopes], margin
+
+
+def reduced(losses: Tensor, options: Options) -> Tensor:
+    if options.reduction == "none":
+        return losses
+    if options.reduction == "dro":
+        heat = options.around.heat
+        return heat * (torch.logsumexp(losses / heat, 0) - _log(losses.shape[0]))
+    return losses.mean() if options.reduction == "mean" else losses.sum()
+
+
+def _log(n: Any) -> Any:
+    return torch.log(torch.tensor(n)) if isinstance(n, torch.SymInt) else torch.tensor(n).log()
+
+
+def shares_of(losses: Tensor, options: Options) -> Any:
+    """The derivatives of the reduced loss by those of the groups."""
+    if options.reduction == "dro":
+        return torch.softmax(losses / options.around.heat, 0)
+    return 1.0 / len(losses) if options.reduction == "mean" else 1.0
