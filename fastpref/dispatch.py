@@ -216,7 +216,8 @@ def pair_loss(
     huber = None if huber_c is None else check_huber(huber_c, n_pairs, 2 * n_pairs, device)
     around = NOTHING_AROUND
     guarded = safeguard is not None or loser_gradient_scale is not None
-    if guarded or anchor_weight is not None or reduction == "dro":
+    heated = reduction == "dro" or type(dro_temperature) is not float or dro_temperature != 1.0
+    if guarded or anchor_weight is not None or heated:
         guard = check_guard(loser_gradient_scale, safeguard, safeguard_over, n_pairs, device)
         if anchor_weight is not None:
             if ref_pred is None:
@@ -325,6 +326,17 @@ class PairErrors(NamedTuple):
     gap_w: Tensor | None = None
     gap_l: Tensor | None = None
 
+    @property
+    def mse(self) -> tuple[Tensor, Tensor]:
+        return self.mse_w, self.mse_l
+
+    @property
+    def gap(self) -> tuple[Tensor, Tensor]:
+        """Raises: ValueError without a reference."""
+        if self.gap_w is None or self.gap_l is None:
+            raise ValueError("pair_errors was given neither ref_pred nor ref_mse: there is no gap")
+        return self.gap_w, self.gap_l
+
 
 def pair_errors(
     model_pred: Halves,
@@ -348,7 +360,9 @@ def pair_errors(
 
         errors = fastpref.pair_errors(model_pred, target, ref_pred)
         beta = 0.2 / (errors.gap_l - errors.gap_w).detach().abs().mean()
-        out = fastpref.losses_from_errors(errors[:2], gap=errors[2:], link="dpo_sigmoid", beta=beta)
+        out = fastpref.losses_from_errors(
+            errors.mse, gap=errors.gap, link="dpo_sigmoid", beta=beta
+        )
 
     Args: as in `pair_loss`. Gradients are with respect to model_pred. Under torch.compile, and
     where somebody differentiates twice, they are PyTorch's own operations.
@@ -358,7 +372,8 @@ def pair_errors(
     n_pairs = batch.n_groups
     huber = None if huber_c is None else check_huber(huber_c, n_pairs, 2 * n_pairs, batch.device)
     options = Options(ERRORS, (), huber, "none", error_reduction)
-    run = ops.errors_of if takes_triton(impl, batch) else reference.errors_of
+    fused = takes_triton(impl, batch) and not batch.intercepted
+    run = ops.errors_of if fused else reference.errors_of
     return PairErrors(*run(batch, options))
 
 

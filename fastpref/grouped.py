@@ -183,10 +183,10 @@ def _number(name: str, value: Any, hyper: Hyper, n: int, device: torch.device) -
 def _of_members(name: str, value: Any, hyper: Hyper, batch: Batch) -> Tensor:
     """A number of each member, (B, members)."""
     scores, shape = plain(name, value), (batch.n_groups, batch.members)
-    if scores.shape != shape or not scores.is_floating_point():
+    if scores.shape != shape or scores.is_complex():
         raise ValueError(
-            f"{name} is a {scores.dtype} tensor of shape {tuple(scores.shape)}; expected float of "
-            f"shape {shape}"
+            f"{name} is a {scores.dtype} tensor of shape {tuple(scores.shape)}; expected real "
+            f"numbers, of shape {shape}"
         )
     _check_numbers(name, scores, batch.device)
     lengths = batch.lengths

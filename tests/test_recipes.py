@@ -17,10 +17,12 @@ RECIPES = (Path(__file__).resolve().parent.parent / "docs" / "recipes.md").read_
 B, T = 3, 1000
 GENERATOR = torch.Generator().manual_seed(7)
 TARGET, OFF, DRIFT = torch.randn(3, 2 * B, 2, 4, 5, generator=GENERATOR, dtype=torch.float64)
+OFF[B:] += 0.3 * OFF[:B]  # the losers are off the winners' way, too
 REF = TARGET + 0.4 * OFF
 PRED = REF + 0.02 * DRIFT
 WEIGHT = torch.rand(B, generator=GENERATOR, dtype=torch.float64)
 MASK = (torch.rand(2 * B, 4, 5, generator=GENERATOR) > 0.3).double()
+LABEL = torch.tensor([1, 0, 1, 1, 0, 0])
 C = 0.1
 
 Loss = Callable[[Tensor], Tensor]
@@ -69,10 +71,15 @@ def masked(pred: Tensor) -> Tensor:
 
 
 def scaled_loser(pred: Tensor) -> Tensor:
-    """Diffusion-SDPO: the loss of the pair, and of the loser's gradient a part."""
+    """Diffusion-SDPO: the loss of the pair, and of the loser's gradient a part, so large that both
+    together still lower the winner's error; see its compute_winner_preserving_lambda."""
     w, l = errors(pred)
     ref_w, ref_l = errors(REF)
-    l = l.detach() + 0.3 * (l - l.detach())
+    off_w, off_l = (pred - TARGET).detach().chunk(2)
+    of_w, of_both = off_w.square().sum(), (off_w * off_l).sum()
+    scale = ((1 - 0.97) * of_w / of_both).clamp(0, 1) if of_both > 0 else 1.0
+    assert scale != 1.0
+    l = l.detach() + scale * (l - l.detach())
     return -F.logsigmoid(-2500.0 * ((w - l) - (ref_w - ref_l))).mean()
 
 
@@ -80,10 +87,32 @@ def dpo(pred: Any, **options: Any) -> Tensor:
     return fastpref.dpo_loss(pred, TARGET, REF, **options).loss
 
 
-def sdpo(pred: Tensor) -> Tensor:
-    w, l = pred.chunk(2)
-    targets, refs = tuple(TARGET.chunk(2)), tuple(REF.chunk(2))
-    return fastpref.dpo_loss((w, l.detach() + 0.3 * (l - l.detach())), targets, refs).loss
+def kto(pred: Tensor) -> Tensor:
+    """train_kto_sd_v1.5.py, halo "sigmoid" and bce_offset "none"."""
+    reward = (REF - TARGET).square().mean([1, 2, 3]) - (pred - TARGET).square().mean([1, 2, 3])
+    reward = reward - reward.mean().clamp(min=0).detach()
+    return (1 - torch.sigmoid((2 * LABEL - 1) * 1000 * reward)).mean()
+
+
+def dspo(pred: Tensor) -> Tensor:
+    """train.py, lines 1159 to 1169."""
+    w, ref_w, target_w = pred[:B], REF[:B], TARGET[:B]
+    weight = 4.0 * (1 - torch.sigmoid(0.5 * 4.0 * logits(pred)))
+    return (w - target_w - weight[:, None, None, None] * (w - ref_w)).square().mean()
+
+
+def linear(pred: Tensor) -> Tensor:
+    """train_sd_dpo.py, lines 1158 to 1170."""
+    w, l = errors(pred)
+    ratio = (-0.2 * 500 * logits(pred) + 0.5).clamp(0.01, 0.99).detach()
+    return (ratio * (w - l)).mean()
+
+
+def of_own_errors(pred: Tensor) -> Tensor:
+    found = fastpref.pair_errors(pred, TARGET, REF)
+    return fastpref.losses_from_errors(
+        found.mse, gap=found.gap, link="dpo_alpha", alpha=0.6, beta=800.0
+    ).loss
 
 
 def simpo(pred: Tensor, **options: Any) -> Tensor:
@@ -107,7 +136,17 @@ CASES: dict[str, tuple[Loss, Loss]] = {
     "Self-NPO": (
         lambda p: (torch.sqrt((p - TARGET) ** 2 + 0.001**2) - 0.001).mean(),
         lambda p: fastpref.self_npo_loss(p, TARGET, paired=False).loss),
-    "Diffusion-SDPO": (scaled_loser, sdpo),
+    "Diffusion-SDPO": (scaled_loser, lambda p: dpo(p, safeguard=0.97)),
+    "alpha-DPO": (lambda p: dpo(p, loss_type="alpha", alpha=0.6, beta=800.0), of_own_errors),
+    "`anchor_alpha`": (
+        lambda p: -F.logsigmoid(0.5 * 5000 * logits(p)).mean() + 0.3 * F.mse_loss(p, REF),
+        lambda p: dpo(p, anchor_weight=0.3)),
+    "Diffusion-KTO": (kto, lambda p: fastpref.kto_loss(p, TARGET, REF, LABEL).loss),
+    "DSPO, SD1.5": (dspo, lambda p: fastpref.dspo_loss(p, TARGET, REF, beta=4.0).loss),
+    "Linear-DPO": (linear, lambda p: fastpref.linear_dpo_loss(p, TARGET, REF, eta=0.01).loss),
+    "DiffusionDRO": (
+        lambda p: F.relu(0.001 - logits(p)).mean(),
+        lambda p: fastpref.diffusion_dro_loss(p, TARGET, REF).loss),
     "SimpleTuner": (
         sums, lambda p: dpo(p, beta=3.0, error_reduction="sum", sft_weight=0.2 / PRED[0].numel())),
     "min-SNR": (

@@ -86,6 +86,10 @@ _UTILITIES = {
 }  # fmt: skip
 
 
+def _name_of_kto(utility: str) -> str:
+    return "kto" if utility == "kto" else f"kto_{utility}"
+
+
 _OF_KTO = {
     "beta": Hyper(1000.0),
     "lambda_desirable": Hyper(1.0, NOT_NEGATIVE),
@@ -94,13 +98,15 @@ _OF_KTO = {
 }
 # By utility: against the batch's mean reward, and against a kl that is given.
 KTO = {
-    utility: Group(text, _OF_KTO, first=First(_reward), live=_weight_of_kto, name=f"kto_{utility}")
+    utility: Group(
+        text, _OF_KTO, first=First(_reward), live=_weight_of_kto, name=_name_of_kto(utility)
+    )
     for utility, text in _UTILITIES.items()
 }
 KTO_GIVEN_KL = {
     utility: Group(
         text, _OF_KTO | {"kl": Hyper(None, FINITE)}, live=_weight_of_kto,
-        name=f"kto_{utility}_given_kl",
+        name=f"{_name_of_kto(utility)}_given_kl",
     )
     for utility, text in _UTILITIES.items()
 }  # fmt: skip

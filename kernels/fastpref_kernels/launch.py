@@ -439,8 +439,9 @@ def _options(plan: Plan, pointers: Sequence[Any], target: GPUTarget) -> dict[str
     options = {"num_warps": _threads(plan, pointers) // target.warp_size}
     if target.backend == "cuda":  # the only one that has the option
         usual = 64 if target.arch < 100 else 80
-        more = plan.scattered or plan.members > 2  # every member has sums of its own
-        options["maxnreg"] = 255 if plan.members > 4 else 128 if more else usual
+        usual = 128 if plan.scattered else usual
+        of_list = 168 if plan.members <= 4 else 255  # every member has sums of its own
+        options["maxnreg"] = usual if plan.members <= 2 else of_list
     return options
 
 
