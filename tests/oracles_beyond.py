@@ -172,11 +172,13 @@ def _lead(gap: Tensor, score: Sequence[float], beta: float) -> Tensor:
     return torch.stack(leads).mean() if leads else 0 * gap.sum()
 
 
-def rankdpo(m: Measured, score: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """arXiv:2410.18013 sec. 3.3: the sum over i above j of |2^phi_i - 2^phi_j| |1 / log(1 + tau_i) -
-    1 / log(1 + tau_j)| softplus(beta (s_i - s_j)), tau being the rank by phi, from 1."""
+def rankdpo(m: Measured, score: Tensor, beta: float, alone: str = "") -> tuple[Tensor, Tensor]:
+    """arXiv:2410.18013 sec. 3.3: the sum over i above j of |2^phi_i - 2^phi_j| * |1 / log(1 +
+    tau_i) - 1 / log(1 + tau_j)| * softplus(beta (s_i - s_j)), tau being the rank by phi, from 1.
+    alone: which of the two is differentiated."""
     losses, margins = [], []
     for s, phi in _lists(m, score):
+        better, worse = (s.detach() if alone == other else s for other in ("worse", "better"))
         tau = [0] * len(phi)
         for rank, i in enumerate(sorted(range(len(phi)), key=lambda i: -phi[i]), start=1):
             tau[i] = rank
@@ -186,21 +188,24 @@ def rankdpo(m: Measured, score: Tensor, beta: float) -> tuple[Tensor, Tensor]:
                 if phi[i] > phi[j]:
                     gain = abs(2 ** phi[i] - 2 ** phi[j])
                     discount = abs(1 / math.log(1 + tau[i]) - 1 / math.log(1 + tau[j]))
-                    loss = loss - gain * discount * F.logsigmoid(-beta * (s[i] - s[j]))
+                    loss = loss - gain * discount * F.logsigmoid(-beta * (better[i] - worse[j]))
         losses.append(loss)
         margins.append(_lead(s, phi, beta))
     return torch.stack(losses), torch.stack(margins)
 
 
-def plackett_luce(m: Measured, score: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def plackett_luce(
+    m: Measured, score: Tensor, beta: float, alone: str = ""
+) -> tuple[Tensor, Tensor]:
     """arXiv:2510.01540: -sum_j [c_j - logsumexp of those that are not above j]; of equal scores,
-    each is among the others' rest."""
+    each is among the others' rest. alone: which of the two is differentiated."""
     losses, margins = [], []
     for gap, of_list in _lists(m, score):
         c, loss = -beta * gap, 0 * gap.sum()
+        of_item, of_rest = (c.detach() if alone == other else c for other in ("rest", "item"))
         for j in range(len(of_list)):
             rest = [i for i in range(len(of_list)) if of_list[i] <= of_list[j]]
-            loss = loss - (c[j] - torch.logsumexp(c[rest], 0))
+            loss = loss - (of_item[j] - torch.logsumexp(of_rest[rest], 0))
         losses.append(loss)
         margins.append(_lead(gap, of_list, beta))
     return torch.stack(losses), torch.stack(margins)
@@ -221,6 +226,7 @@ def dpo(m: Measured, beta: float) -> tuple[Tensor, Tensor]:
 def mapo(m: Measured, beta: float, snr: float, num_train_timesteps: float) -> tuple[Tensor, Tensor]:
     """mapo-t2i/mapo utils.py compute_loss."""
     x = snr * m.err
+    x = torch.where(x == 0, 1e-30, x)  # of a sample that a mask hides
     phi = num_train_timesteps * (x / torch.expm1(x))
     margin = phi[0] - phi[1]
     return m.err[0] - beta * F.logsigmoid(margin), margin
@@ -249,10 +255,10 @@ def linear_dpo(m: Measured, beta: float, eta: float) -> tuple[Tensor, Tensor]:
     return ratio * (m.err[0] - m.err[1]), -0.5 * beta * d
 
 
-def diffusion_dro(m: Measured, margin: float) -> tuple[Tensor, Tensor]:
+def diffusion_dro(m: Measured, target_margin: float) -> tuple[Tensor, Tensor]:
     """basiclab/DiffusionDRO train.py: relu(gap_expert - gap_policy + margin)."""
     d = m.gap[0] - m.gap[1]
-    return torch.relu(d + margin), -d
+    return torch.relu(d + target_margin), -d
 
 
 # From the losses of samples, lists or pairs to what a call returns -------------------------------
@@ -379,15 +385,21 @@ _BY = 1e-7  # of the nudges: results in fp64 are then known to 1e-9 of their siz
 
 
 def truths(
-    loss: Loss, given: Given, numbers: dict[str, Any], setting: Setting, of_sums: Loss | None = None
+    loss: Loss,
+    given: Given,
+    numbers: dict[str, Any],
+    setting: Setting,
+    of_sums: Loss | None = None,
+    parts: Sequence[str] = (),
 ) -> dict[str, Truth]:
     """loss, errors, ref_errors, drops, margin, and grad of sum(loss), by name; and how far each
     moves per relative change of what fp32 holds to 6e-8 and no better: errors, terms of the gaps,
-    drifts and cross sums. of_sums: the same loss as a function of these, where it is none."""
+    drifts and cross sums. of_sums: the same loss as a function of these, where it is none. parts:
+    what the loss may differentiate `alone`, terms of which its slopes are sums."""
 
-    def columns(formula: Loss, nudges: Nudges) -> dict[str, np.ndarray]:
+    def columns(formula: Loss, nudges: Nudges, **alone: str) -> dict[str, np.ndarray]:
         pred = given.pred.detach().double().cpu().requires_grad_()
-        value, m, margin = evaluate(formula, given, numbers, setting, pred, nudges)
+        value, m, margin = evaluate(formula, given, numbers | alone, setting, pred, nudges)
         (grad,) = torch.autograd.grad(value.sum(), pred)
         found = {
             "loss": value, "errors": m.err, "ref_errors": m.ref, "drops": m.gap, "margin": margin,
@@ -411,4 +423,6 @@ def truths(
             moved = columns(of_sums, NO_NUDGE._replace(**{kind: nudge}))
             for name, column in moved.items():
                 moves[name] += np.abs(column - here[name]) / _BY
+    for part in parts:
+        moves["grad"] += np.abs(columns(loss, NO_NUDGE, alone=part)["grad"])
     return {name: Truth(exact[name], moves[name]) for name in exact}
