@@ -172,8 +172,9 @@ def pair_loss(
             train.py, without its 1e-9). Only for errors that are squares.
         safeguard_over: "batch" takes both sums over the batch, as published, and so depends on its
             size; "pair" is ours.
-        anchor_weight: weight of the mean squared difference of model_pred and ref_pred, which it
-            needs, and which a loss without a reference then takes for this alone.
+        anchor_weight: weight of the mean squared difference of model_pred and ref_pred (its sum,
+            where error_reduction is), which it needs, and which a loss without a reference then
+            takes for this alone. The loser's share of its gradient is not scaled.
         error_reduction: "mean" or "sum" over the elements of a sample; beta depends on it.
         reduction: "mean" or "sum" over pairs, "none" for one loss a pair, or "dro" for
             T log(mean(exp(loss / T))), robust optimisation under a shift of the distribution

@@ -21,11 +21,12 @@ from .dispatch import (
     Impl,
     MissingReference,
     Reduction,
+    SafeguardOver,
     check_reductions,
     takes_triton,
 )
 from .outputs import LossOutput, SampleOutput
-from .scalars import ANCHOR, check_heat, check_huber, check_scalar, unexpected
+from .scalars import ANCHOR, check_guard, check_heat, check_huber, check_scalar, unexpected
 from .sums import Options
 
 
@@ -61,6 +62,9 @@ class SquaresKnobs(SumKnobs, total=False):
     """Of losses on pairs whose errors must be squares."""
 
     pair_weight: Scalar
+    loser_gradient_scale: Scalar | None
+    safeguard: Scalar | None
+    safeguard_over: SafeguardOver
 
 
 def sample_loss(
@@ -83,7 +87,8 @@ def sample_loss(
         knobs:
             mask, error_reduction, impl: as in `pair_loss`; a list may share its mask.
             huber_c: as in `pair_loss`: one number, (B,), or of lists (B * k,).
-            weight: of each sample's or list's loss; 0 switches it off, whatever is in it.
+            weight: of each sample's or list's loss; 0 switches it off, whatever is in it, except
+                that KTO's batch mean has all samples.
             reduction, dro_temperature: "mean" or "sum" over samples or lists, "none" for (B,), or
                 "dro", as in `pair_loss`.
     """
@@ -101,7 +106,7 @@ def sample_loss(
         errors, drops, ref_errors = (
             torch.where(there, kind, 0.0) for kind in (errors, drops, ref_errors)
         )
-    return SampleOutput(loss, errors, each[3 * k], ref_errors, drops)
+    return SampleOutput(loss, errors, each[3 * k], ref_errors, drops, lengths)
 
 
 def summed_pair_loss(
@@ -117,7 +122,8 @@ def summed_pair_loss(
     batch = check_pairs(model_pred, target, ref_pred, None, knobs.pop("mask", None))
     loss, each = _run(link, batch, numbers, {}, "pair_weight", {**knobs})
     mse_w, mse_l, drop_w, drop_l, ref_w, ref_l, *rest = each
-    margin = rest[2 * link.drift + link.cross]
+    guarded = knobs.get("safeguard") is not None  # by the cross sums
+    margin = rest[2 * link.drift + (link.cross or guarded)]
     return LossOutput(loss, mse_w, mse_l, margin, ref_w, ref_l, drop_w, drop_l)
 
 
@@ -145,9 +151,14 @@ def _run(
     heat = check_heat(reduction, knobs.pop("dro_temperature", 1.0), device)
     weight, impl = knobs.pop(weight_name, None), knobs.pop("impl", "auto")
     huber_c = knobs.pop("huber_c", None) if link.huber else None
+    guard: tuple[str | None, Scalar | None] = (None, None)
+    if weight_name == "pair_weight":
+        scale, mu = knobs.pop("loser_gradient_scale", None), knobs.pop("safeguard", None)
+        guard = check_guard(scale, mu, knobs.pop("safeguard_over", "batch"), n, device)
     if knobs:
-        accepted = [*numbers, *of_members, *SumKnobs.__annotations__, weight_name]
-        accepted += ["huber_c"] if link.huber else []
+        of_pairs = weight_name == "pair_weight"
+        own = (SquaresKnobs if of_pairs else GroupKnobs).__annotations__
+        accepted = [*numbers, *of_members, *own]
         raise TypeError(unexpected(f"loss {link.name!r}", [*knobs], accepted))
     scalars = [_number(name, numbers[name], hyper, n, device) for name, hyper in link.hyper.items()]
     for name, hyper in link.of_members.items():
@@ -157,8 +168,8 @@ def _run(
     if huber_c is not None:
         huber_c = check_huber(huber_c, n, n * link.members, device)
     around = NOTHING_AROUND
-    if weight is not None or heat is not None:
-        around = Around(weight=weight, heat=heat)
+    if guard[0] is not None or weight is not None or heat is not None:
+        around = Around(*guard, None, weight, heat)
     options = Options(link, scalars, huber_c, reduction, error_reduction, around)
     run = ops.loss_of if takes_triton(impl, batch) else reference.loss_of
     loss, stats = run(batch, options)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref_kernels.knobs import pair_losses, safeguard_in_torch
+from fastpref_kernels.knobs import log_mean_in_torch, pair_losses, safeguard_in_torch
 from fastpref_kernels.links import Group, Link
 from fastpref_kernels.special import in_torch, times
 
@@ -83,10 +83,15 @@ def _of_groups(
         losses, slopes, margin = _of_lists(link, batch, options, kinds)
     else:
         sums, scalars = tuple(zip(*kinds, strict=True)), tuple(options.scalars)
+        guard = _guard(options, kinds[0][0], cross)
+        if guard is not None:
+            sums = (sums[0], tuple(_gradient_times(guard, of_loser) for of_loser in sums[1]))
         mean: Any = 0.0
         if link.first is not None:
             mean = link.first.torch(sums, scalars).mean().detach()
         losses, of_members, margin = link.torch(sums, cross, scalars, mean)
+        if guard is not None:
+            of_members = (of_members[0], tuple(_times(guard, slope) for slope in of_members[1]))
         slopes = [[*each] for each in zip(*of_members, strict=True)]
     if (weight := options.around.weight) is not None:
         losses = _times(weight, losses)
@@ -115,16 +120,21 @@ def reduced(losses: Tensor, options: Options) -> Tensor:
         return losses
     if options.reduction == "dro":
         heat = options.around.heat
-        return heat * (torch.logsumexp(losses / heat, 0) - _log(losses.shape[0]))
+        high, below = _below(losses / heat)
+        mean = log_mean_in_torch(torch.expm1(below).mean(), torch.exp(below).mean())
+        return heat * (high + mean)  # type: ignore[no-any-return]
     return losses.mean() if options.reduction == "mean" else losses.sum()
 
 
-def _log(n: Any) -> Any:
-    return torch.log(torch.tensor(n)) if isinstance(n, torch.SymInt) else torch.tensor(n).log()
+def _below(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest, a constant, and how far all are from it."""
+    high = values.detach().amax(0)
+    return high, torch.where(values.isinf() & (values == high), 0.0, values - high)
 
 
 def shares_of(losses: Tensor, options: Options) -> Any:
     """The derivatives of the reduced loss by those of the groups."""
     if options.reduction == "dro":
-        return torch.softmax(losses / options.around.heat, 0)
+        share = torch.exp(_below(losses / options.around.heat)[1])
+        return share / share.sum()
     return 1.0 / len(losses) if options.reduction == "mean" else 1.0

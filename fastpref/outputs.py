@@ -75,6 +75,7 @@ class SampleOutput(NamedTuple):
         the list, by the mean over its pairs, in its right order.
     ref_errors: the reference model's errors, shaped as errors.
     drops: policy error minus reference error, negative where the model improved; see `LossOutput`.
+    lengths: (B,), of lists that were given some; what lies beyond is 0 in errors and drops.
     """
 
     loss: Tensor
@@ -82,6 +83,7 @@ class SampleOutput(NamedTuple):
     margin: Tensor
     ref_errors: Tensor
     drops: Tensor
+    lengths: Tensor | None = None
 
     @overload
     def metrics(
@@ -95,9 +97,13 @@ class SampleOutput(NamedTuple):
         self, *, gather: bool = False, as_floats: bool = False
     ) -> dict[str, Tensor] | dict[str, float]:
         """As `LossOutput.metrics`: loss, error, margin, accuracy, gradient_factor, ref_error and
-        drop. Padded rows of lists count for 0 in the means of errors and drops."""
+        drop. Means of errors and drops are over the rows that lists have."""
         values: dict[str, Tensor | None] = {"error": self.errors, "margin": self.margin}
         values |= {"ref_error": self.ref_errors, "drop": self.drops}
+        if self.lengths is not None:
+            per_row = self.errors.numel() / self.lengths.sum().clamp(min=1)
+            for name in ("error", "ref_error", "drop"):
+                values[name] = per_row * getattr(self, f"{name}s")
         return _metrics(self.loss, values, gather, as_floats)
 
 

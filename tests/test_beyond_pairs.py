@@ -1408,7 +1408,7 @@ def test_output_and_metrics(name: str, impl: str, device: torch.device) -> None:
     case = CASES[name]
     out = call(case, draw(case, device), impl).out
     assert isinstance(out, fastpref.SampleOutput)
-    assert out._fields == ("loss", "errors", "margin", "ref_errors", "drops")
+    assert out._fields == ("loss", "errors", "margin", "ref_errors", "drops", "lengths")
     shape = (case.groups,) if case.setting.members == 1 else (case.groups, case.setting.members)
     assert out.errors.shape == out.ref_errors.shape == out.drops.shape == shape
     assert out.margin.shape == (case.groups,)
@@ -1605,3 +1605,15 @@ def test_what_losses_from_errors_refuses() -> None:
         fastpref.losses_from_errors(errors, gap=errors[:3], link="dpo_sigmoid")
     with pytest.raises(ValueError, match="gap"):
         fastpref.losses_from_errors(errors, gap=errors, link="mapo")
+
+
+def test_metrics_of_lists_are_means_over_the_rows_there_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pred, target, ref = torch.randn(3, 6, 5, generator=generator)
+    lengths, score = torch.tensor([3, 1]), torch.rand(2, 3, generator=generator)
+    out = fastpref.rankdpo_loss(pred, target, ref, score, lengths=lengths)
+    there = [0, 1, 2, 3]
+    of_there = (pred - target).square().mean(1)[there].mean()
+    torch.testing.assert_close(out.metrics()["error"], of_there)
+    of_ref = (ref - target).square().mean(1)[there].mean()
+    torch.testing.assert_close(out.metrics()["drop"], of_there - of_ref)

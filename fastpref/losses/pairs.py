@@ -535,8 +535,9 @@ def dspo_loss(
         model_pred, target: as in `pair_loss`. ref_pred: as in `dpo_loss`; its errors will not do.
         beta: .001 in the official SD1.5 script, .001 to .05 in its README. At .001 margins hardly
             leave 0, and the loss is nearly plain fine-tuning on winners.
-        knobs: mask, pair_weight, error_reduction, reduction, dro_temperature and impl, as in
-            `pair_loss`. Errors are squares.
+        knobs: mask, pair_weight, safeguard, safeguard_over, loser_gradient_scale, error_reduction,
+            reduction, dro_temperature and impl, as in `pair_loss`. Errors are squares. The loser's
+            gradient comes from the sigmoid alone.
 
     Source: Zhu et al., "DSPO: Direct Score Preference Optimization for Diffusion Model Alignment",
     ICLR 2025, and train.py of github.com/huaishengzhu/DSPO, lines 1141-1169, the SD1.5 form. Its

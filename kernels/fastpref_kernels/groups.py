@@ -9,7 +9,7 @@ reference's error, and, with drift=True, the mean squared difference from the re
 from __future__ import annotations
 
 from .links import BETA, FINITE, NOT_NEGATIVE, UNIT, First, Group, Hyper
-from .special import detached, jit, sigmoids, softplus_and_slope, times, tl
+from .special import detached, expm1, jit, sigmoids, softplus_and_slope, times, tl
 
 # Unpaired samples: a reward -gap, and a sign that says whether it should be high ------------------
 
@@ -180,13 +180,13 @@ def _rankdpo(sums, scores, order, scalars, active):
     there_i, there_j = _pairs_of(active)
     before = there_j & ((score_j > score_i) | ((score_j == score_i) & (order_j < order_i)))
     rank = 1.0 + tl.sum(tl.where(before, 1.0, tl.zeros_like(score_j + score_i)), axis=2)
-    gain_i, gain_j = _pairs_of(tl.exp(0.6931471805599453 * scores))
     discount_i, discount_j = _pairs_of(1.0 / tl.log(1.0 + rank))
     gap_i, gap_j = _pairs_of(beta * gap)
     lead = gap_j - gap_i
     ordered = there_i & there_j & (score_i > score_j)
-    weight = tl.abs(gain_i - gain_j) * tl.abs(discount_i - discount_j)
-    weight = tl.where(ordered, weight, 0.0)
+    # 2^score_i - 2^score_j, right where they are close
+    gain = tl.exp(0.6931471805599453 * score_j) * expm1(0.6931471805599453 * (score_i - score_j))
+    weight = tl.where(ordered, gain * tl.abs(discount_i - discount_j), 0.0)
     value, slope = softplus_and_slope(-lead)
     loss = tl.sum(tl.sum(times(weight, value), axis=2), axis=1)
     pull = times(weight, slope)

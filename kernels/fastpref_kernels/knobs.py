@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .links import BELOW_HALF, FINITE, NOT_NEGATIVE, NOTHING, Hyper, Link
-from .special import in_torch, jit, times, tl
+from .special import in_torch, jit, log1p, times, tl
 
 # In the order in which they follow a link's hyper-parameters: all of them, or none where all have
 # these values. sft_weight's is the link's.
@@ -122,6 +122,13 @@ def safeguard(err_w, cross, mu):  # type: ignore[no-untyped-def]
     return tl.where(against, tl.where(factor > 1.0, 1.0, factor), 1.0)
 
 
+@jit
+def log_mean(excess, mean):  # type: ignore[no-untyped-def]
+    """log(mean), excess being mean - 1 without the cancellation."""
+    near = excess > -0.5
+    return tl.where(near, log1p(tl.where(near, excess, 0.0)), tl.log(mean))
+
+
 class Around(NamedTuple):
     """What is done around a link's loss; None where it is not.
 
@@ -146,6 +153,7 @@ class Around(NamedTuple):
 NOTHING_AROUND = Around()
 _in_torch = in_torch(pair_losses_jit)
 safeguard_in_torch = in_torch(safeguard)
+log_mean_in_torch = in_torch(log_mean)
 
 
 def pair_losses(

@@ -197,7 +197,7 @@ def _plan_forward(
     if isinstance(link, Group):
         first = link.first and link.first.triton
         of_link = (link.triton, first, None, None, 0, 0, n_link, 0.0)
-        drift, mixed, cross = link.drift, link.mixed, link.cross
+        drift, mixed, cross = link.drift, link.mixed, link.cross or cross
     else:
         of_link = (None, None, link.score.triton, link.shape.triton,
                    len(link.score.hyper), len(link.hyper), n_link, link.sft_weight)  # fmt: skip

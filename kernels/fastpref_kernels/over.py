@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from .elements import own, row_of, scalar_of
-from .knobs import pair_losses_jit, safeguard
-from .special import times
+from .knobs import log_mean, pair_losses_jit, safeguard
+from .special import expm1, times
 
 
 @triton.jit
@@ -134,6 +134,19 @@ def _scalars(
 
 
 @triton.jit
+def _guard(
+    of_batch, err_w, cross, values, tensors, strides, group, n_groups,
+    AT: tl.constexpr, GUARD: tl.constexpr,
+):  # fmt: skip
+    """What the loser's gradient is multiplied by."""
+    if GUARD == "batch":
+        return of_batch
+    else:
+        (number,) = _scalars(values, tensors, strides, group, n_groups, AT, AT + 1)
+        return safeguard(err_w, cross, number) if GUARD == "pair" else number
+
+
+@triton.jit
 def _losses(
     sums, cross, batch, guard, values, tensors, strides, group, n_groups,
     LINK: tl.constexpr, SCORE: tl.constexpr, SHAPE: tl.constexpr, N_SCORE: tl.constexpr,
@@ -157,11 +170,8 @@ def _losses(
             knobs, SCORE, SHAPE, SFT_WEIGHT,
         )  # fmt: skip
         if GUARD is not None:
-            (number,) = _scalars(values, tensors, strides, group, n_groups, N_LINK, N_LINK + 1)
-            if GUARD == "pair":
-                guard = safeguard(err_w, cross, number)
-            elif GUARD == "given":
-                guard = number
+            guard = _guard(guard, err_w, cross, values, tensors, strides, group, n_groups, N_LINK,
+                           GUARD)  # fmt: skip
             slope_l = times(guard, slope_l)
         of_w, of_l = (slope_w,), (slope_l,)
         if DRIFT:
@@ -176,8 +186,16 @@ def _losses(
     else:
         scalars = _scalars(values, tensors, strides, group, n_groups, 0, N_LINK)
         value, slopes, score = LINK(sums, cross, scalars, batch)
+        if GUARD is not None:
+            guard = _guard(guard, sums[0][0], cross, values, tensors, strides, group, n_groups,
+                           N_LINK, GUARD)  # fmt: skip
+            of_loser = ()
+            for d in tl.static_range(len(slopes[1])):
+                of_loser = of_loser + (times(guard, slopes[1][d]),)  # noqa: RUF005
+            slopes = (slopes[0], of_loser)
         if WEIGHTED:
-            (weight,) = _scalars(values, tensors, strides, group, n_groups, N_LINK, N_LINK + 1)
+            LAST: tl.constexpr = N_LINK + (GUARD is not None)
+            (weight,) = _scalars(values, tensors, strides, group, n_groups, LAST, LAST + 1)
             value = times(weight, value)
             weighted = ()
             for m in tl.static_range(MEMBERS):
@@ -224,6 +242,12 @@ def _list_losses(
 
 
 @triton.jit
+def _below(value, highest):
+    """The difference, 0 where both are infinite."""
+    return tl.where(value == highest, 0.0, value - highest)
+
+
+@triton.jit
 def finish(
     loss, stats, partials, ref, lengths, values, tensors, strides, n_groups, n_elements, n_programs,
     ref_strides, group_scale,
@@ -238,7 +262,7 @@ def finish(
 ):  # fmt: skip
     """Sums -> link -> loss for all groups, by the one program that arrived last. It goes over the
     groups once more for each thing that a loss takes from the whole batch: the mean of what FIRST
-    makes of a group, the safeguard's sums, or, HEATED, the log-sum-exp of the losses."""
+    makes of a group, the safeguard's sums, or, HEATED, the log-mean-exp of the losses."""
     batch = 0.0
     if FIRST is not None:
         total = tl.zeros([GROUPS], tl.float32)
@@ -267,15 +291,13 @@ def finish(
         one = tl.full([], 0, tl.int32)  # all groups have the same number
         (number,) = _scalars(values, tensors, strides, one, n_groups, N_LINK, N_LINK + 1)
         guard = safeguard(tl.sum(of_winners, axis=0), tl.sum(of_both, axis=0), number)
-    heat = 1.0
-    log_sum = 0.0
+    heat, highest, of_all, excess_of_all = 1.0, 0.0, 1.0, 0.0
     if HEATED:
         LAST: tl.constexpr = len(values) - 1
         one = tl.full([], 0, tl.int32)
         (number,) = _scalars(values, tensors, strides, one, n_groups, LAST, LAST + 1)
         heat = number
         high = tl.full([GROUPS], float("-inf"), tl.float32)
-        total = tl.zeros([GROUPS], tl.float32)
         for first in range(0, n_groups, GROUPS):
             group = first + tl.arange(0, GROUPS)
             if LISTED:
@@ -298,14 +320,37 @@ def finish(
                     WEIGHTED, REF, MEMBERS,
                 )  # fmt: skip
             value = tl.where(group < n_groups, value / heat, float("-inf"))
-            higher = tl.where(value <= high, high, value)  # NaN stays NaN
-            kept = tl.where(high == higher, 1.0, tl.exp(high - higher))
-            total = total * kept + tl.where(value == higher, 1.0, tl.exp(value - higher))
-            total = tl.where(higher == float("-inf"), 0.0, total)
-            high = higher
-        highest = tl.max(high, axis=0)
-        highest = tl.where(tl.sum(total, axis=0) >= 0.0, highest, float("nan"))
-        log_sum = highest + tl.log(tl.sum(total * tl.exp(high - highest), axis=0))
+            high = tl.where((value <= high) | (high != high), high, value)  # NaN stays NaN
+        of_nan = tl.sum(tl.where(high != high, 1.0, 0.0), axis=0)
+        highest = tl.where(of_nan > 0.0, float("nan"), tl.max(high, axis=0))
+        total = tl.zeros([GROUPS], tl.float32)
+        excess = tl.zeros([GROUPS], tl.float32)
+        for first in range(0, n_groups, GROUPS):
+            group = first + tl.arange(0, GROUPS)
+            if LISTED:
+                kinds, _ = _list_sums(
+                    partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
+                    MEMBERS, LISTED, KINDS, COUNTS, MEAN, REF_ERRORS, GROUPS, PARTS,
+                )  # fmt: skip
+                value, _, _ = _list_losses(
+                    kinds, lengths, values, tensors, strides, group, n_groups,
+                    LINK, N_LINK, WEIGHTED, MEMBERS, LISTED, GROUPS,
+                )  # fmt: skip
+            else:
+                sums, _, cross = _group_sums(
+                    partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
+                    MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, GROUPS, PARTS,
+                )  # fmt: skip
+                value, _, _ = _losses(
+                    sums, cross, batch, guard, values, tensors, strides, group, n_groups,
+                    LINK, SCORE, SHAPE, N_SCORE, N_HYPER, N_LINK, SFT_WEIGHT, SWAP, GUARD, DRIFT,
+                    WEIGHTED, REF, MEMBERS,
+                )  # fmt: skip
+            value = _below(value / heat, highest)
+            total += tl.where(group < n_groups, tl.exp(value), 0.0)
+            excess += tl.where(group < n_groups, expm1(value), 0.0)
+        of_all = tl.sum(total, axis=0)
+        excess_of_all = tl.sum(excess, axis=0) / n_groups
     total = tl.zeros([GROUPS], tl.float32)
     for first in range(0, n_groups, GROUPS):
         group = first + tl.arange(0, GROUPS)
@@ -331,7 +376,7 @@ def finish(
             )  # fmt: skip
         share = group_scale
         if HEATED:
-            share = tl.exp(value / heat - log_sum)
+            share = tl.exp(_below(value / heat, highest)) / of_all
         rows = stats + group
         if LISTED:
             member = tl.arange(0, LISTED)[None, :]
@@ -368,6 +413,6 @@ def finish(
         else:
             tl.store(loss + group, value, mask=inside)
     if HEATED:
-        tl.store(loss, heat * (log_sum - tl.log(n_groups * 1.0)))
+        tl.store(loss, heat * (highest + log_mean(excess_of_all, of_all / n_groups)))
     elif REDUCE:
         tl.store(loss, tl.sum(total, axis=0) * group_scale)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
-    "TRITON_MISSING", "detached", "in_torch", "jit", "log1p", "power_gap", "psi_and_slope",
+    "TRITON_MISSING", "detached", "expm1", "in_torch", "jit", "log1p", "power_gap", "psi_and_slope",
     "sigmoids", "softplus_and_slope", "times", "tl",
 ]  # fmt: skip
 
@@ -224,7 +224,7 @@ def _log1p(z: Any) -> Any:
 @_spoken_in_torch_as(_log1p)
 @jit
 def log1p(z):  # type: ignore[no-untyped-def]
-    """log(1 + z) for 0 <= z <= 1, as 2 atanh(z / (2 + z)): log would return 0 for z below 6e-8."""
+    """log(1 + z) for z in [-1 / 2, 1], as 2 atanh(z / (2 + z)): log would be 0 for z below 6e-8."""
     w = z / (2.0 + z)
     q = w * w
     s = 1.0 / 15.0 + q * (1.0 / 17.0)
@@ -235,6 +235,24 @@ def log1p(z):  # type: ignore[no-untyped-def]
     s = 1.0 / 5.0 + q * s
     s = 1.0 / 3.0 + q * s
     return 2.0 * w * (1.0 + q * s)
+
+
+def _expm1(x: Any) -> Any:
+    return torch.expm1(x) if isinstance(x, Tensor) else math.expm1(x)
+
+
+@_spoken_in_torch_as(_expm1)
+@jit
+def expm1(x):  # type: ignore[no-untyped-def]
+    """exp(x) - 1, right relative to itself near 0, too."""
+    s = 1.0 + x * (1.0 / 8.0)  # the series, off by 1e-8 at 1 / 2
+    s = 1.0 + x * (1.0 / 7.0) * s
+    s = 1.0 + x * (1.0 / 6.0) * s
+    s = 1.0 + x * (1.0 / 5.0) * s
+    s = 1.0 + x * (1.0 / 4.0) * s
+    s = 1.0 + x * (1.0 / 3.0) * s
+    s = 1.0 + x * (1.0 / 2.0) * s
+    return tl.where(tl.abs(x) < 0.5, x * s, tl.exp(x) - 1.0)
 
 
 def _softplus_and_slope(x: Any) -> tuple[Any, Any]:
