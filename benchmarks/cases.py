@@ -109,8 +109,9 @@ def published_dspo(pred: Tensor, target: Tensor, ref: Tensor) -> Tensor:
 
 
 def published_safeguard(pred: Tensor, target: Tensor, ref: Tensor) -> Tensor:
-    """Diffusion-SDPO's train.py, on Diffusion-DPO, without the 1e-9 that it adds to a dot product:
-    next to that of a video it is not small."""
+    """Diffusion-SDPO's train.py, on Diffusion-DPO. The gradients for which it calls autograd are
+    written out, for torch.compile, and 1e-9 is left out of the divisor, for next to that of a video
+    it is not small."""
     w, l = errors(pred, target)
     with torch.no_grad():
         ref_w, ref_l = errors(ref, target)
@@ -145,7 +146,7 @@ def called(function: Callable[..., Any], **numbers: Any) -> Loss:
     return loss
 
 
-UNDESIRABLE, DSPO_BETA, SAFEGUARD, HEAT = 1.5, 1.0, 0.9, 0.5
+UNDESIRABLE, DSPO_BETA, SAFEGUARD, HEAT = 1.5, 20.0, 0.9, 0.5
 
 
 class Family(NamedTuple):

@@ -74,6 +74,8 @@ def report(where: Where) -> Command:
 DRY = [
     "--shapes",
     "tiny",
+    "--families",
+    "tiny",
     "--rounds",
     "1",
     "--links",
