@@ -683,7 +683,12 @@ def full_rows(tmp_path: Path) -> Path:
                 row |= {"bytes": 2 ** (21 + i)}
                 row |= {name: took * slower for name, took in times.items()}
                 rows.append(row | {"device_us": (6.0 - 0.1 * (i == 1)) * slower})
-    of_lists = {"link": "rankdpo_8", "shape": "wan480", "pred": "fp32", "shared": "True"}
+    of_lists: dict[str, Any] = {
+        "link": "rankdpo_8",
+        "shape": "wan480",
+        "pred": "fp32",
+        "shared": "True",
+    }
     of_lists |= {"family": "lists", "members": 8, "bytes": 2**25, "extra_bytes": 80000}
     for provider, slower in (("compile", 1.5), ("fastpref", 1), ("floor", 0.5)):
         row = usual | of_lists | {"provider": provider}

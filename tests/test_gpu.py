@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import cases
 import fastpref
-from fastpref_kernels import groups, pair
+from fastpref_kernels import pair
 
 pytestmark = pytest.mark.gpu
 
@@ -211,6 +211,36 @@ def test_a_device_that_is_not_the_current_one() -> None:
     assert torch.equal(grad.cpu(), step(pred, target)[1].cpu())
 
 
+def test_extra_memory_is_under_64_kib() -> None:
+    pred, target = latents(4, 16, 64, 64, 16)
+    step(pred, target)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    grad = step(pred, target)[1]
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before - grad.nbytes < 64 * 1024
+
+
+def test_more_than_2_to_the_31_elements() -> None:
+    """In the tensor, and in one sample of it."""
+    if torch.cuda.mem_get_info()[0] < 48 * 2**30:
+        pytest.skip("needs 48 GiB")
+    n = 2**31 + 4096
+    for shape in ((1, n), (2, n // 2)):
+        target = torch.zeros(shape, device="cuda", dtype=torch.bfloat16)
+        pred = torch.full((2 * shape[0], shape[1]), 0.5, device="cuda", dtype=torch.bfloat16)
+        pred[-1, -1] = 4.0
+        pred.requires_grad_()
+        out = fastpref.sft_loss(pred, target, impl="triton")
+        assert out.mse_w.tolist() == pytest.approx([0.25] * shape[0], rel=1e-5)
+        assert out.mse_l.tolist() == pytest.approx([0.25] * shape[0], rel=1e-5)
+        (grad,) = torch.autograd.grad(out.mse_l.sum() * 0 + out.loss, pred)
+        assert grad[0, -1].item() == pytest.approx(1.0 / shape[1] / shape[0], rel=1e-2)
+        assert grad[-1, -1].item() == 0
+        del pred, target, grad, out
+
+
 # Losses beyond the links of pairs: of single samples, of lists, with more sums, and what is taken
 # from the whole batch inside of the launch
 
@@ -233,7 +263,7 @@ def same(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
-@pytest.mark.parametrize("dtypes", [("fp32", "bf16"), ("bf16", "bf16"), ("fp32", "fp32")])
+@pytest.mark.parametrize("dtypes", [("fp32", "bf16"), ("bf16", "bf16")])
 @pytest.mark.parametrize("shape", ["sdxl", "wan480"])
 @pytest.mark.parametrize("link", cases.FAMILIES)
 def test_a_family_is_its_formula(link: str, shape: str, dtypes: tuple[str, str]) -> None:
@@ -303,17 +333,13 @@ def test_a_family_waits_for_nothing(link: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("k", [2, 3, 4, 8, groups.LONGEST])
+@pytest.mark.parametrize("k", [2, 3, 4, 8])  # compiling one of 16 takes a minute
 def test_lists_of_20_shapes_compile_two_kernels(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One forward and one backward, whatever the latents and the number of lists."""
     made: list[str] = []
-    do_compile = triton.JITFunction._do_compile
-
-    def noted(self: triton.JITFunction, *args: Any, **kwargs: Any) -> Any:
-        made.append(self.__name__)
-        return do_compile(self, *args, **kwargs)
-
-    monkeypatch.setattr(triton.JITFunction, "_do_compile", noted)
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_cache_hook", lambda **about: made.append(about["fn"].name)
+    )
     for kernel in (pair.pair_fwd, pair.pair_bwd):
         kernel.device_caches.clear()
     for lists in (1, 2, 3, 16):
@@ -338,33 +364,3 @@ def test_extra_memory_of_a_family(link: str) -> None:
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before - grad.nbytes
     assert extra < max(4, cases.FAMILIES[link].members) * 16 * 1024
-
-
-def test_extra_memory_is_under_64_kib() -> None:
-    pred, target = latents(4, 16, 64, 64, 16)
-    step(pred, target)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    grad = step(pred, target)[1]
-    torch.cuda.synchronize()
-    assert torch.cuda.max_memory_allocated() - before - grad.nbytes < 64 * 1024
-
-
-def test_more_than_2_to_the_31_elements() -> None:
-    """In the tensor, and in one sample of it."""
-    if torch.cuda.mem_get_info()[0] < 48 * 2**30:
-        pytest.skip("needs 48 GiB")
-    n = 2**31 + 4096
-    for shape in ((1, n), (2, n // 2)):
-        target = torch.zeros(shape, device="cuda", dtype=torch.bfloat16)
-        pred = torch.full((2 * shape[0], shape[1]), 0.5, device="cuda", dtype=torch.bfloat16)
-        pred[-1, -1] = 4.0
-        pred.requires_grad_()
-        out = fastpref.sft_loss(pred, target, impl="triton")
-        assert out.mse_w.tolist() == pytest.approx([0.25] * shape[0], rel=1e-5)
-        assert out.mse_l.tolist() == pytest.approx([0.25] * shape[0], rel=1e-5)
-        (grad,) = torch.autograd.grad(out.mse_l.sum() * 0 + out.loss, pred)
-        assert grad[0, -1].item() == pytest.approx(1.0 / shape[1] / shape[0], rel=1e-2)
-        assert grad[-1, -1].item() == 0
-        del pred, target, grad, out
