@@ -333,7 +333,7 @@ def test_a_family_waits_for_nothing(link: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("k", [2, 3, 4, 8])  # compiling one of 16 takes a minute
+@pytest.mark.parametrize("k", [2, 3, 4, 8, 16])
 def test_lists_of_20_shapes_compile_two_kernels(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One forward and one backward, whatever the latents and the number of lists."""
     made: list[str] = []
