@@ -2,7 +2,7 @@
 PyTorch, compiled by torch.compile, and by fastpref, beside the floor that the memory system sets.
 
     python benchmarks/bench_loss.py [--preset quick|headline|full] [--providers eager ...]
-        [--shapes sdxl ...] [--pairs 1 4 ...]
+        [--links kto ...] [--shapes sdxl ...] [--families wan480 ...] [--pairs 1 4 ...]
 
 Appends a row per provider and case to results/<device>.csv, or with --output_dir to a file there,
 the cases that say most first. A provider whose loss or gradient is wrong is not timed. On a CPU
@@ -38,12 +38,14 @@ import torch
 
 from cases import (
     DEVICE,
+    FAMILIES,
     FLOOR,
     GPU,
     PROVIDERS,
     PUBLISHED,
     SHAPES,
     TINY,
+    VIDEO,
     Case,
     Loss,
     is_right,
@@ -106,7 +108,7 @@ def device_times(
         if name != "reduce-overhead"  # which is a graph already
     }
     if floor:
-        captures[FLOOR] = partial(floor_passes, sets)
+        captures[FLOOR] = partial(floor_passes, case, sets)
     for name, capture in captures.items():
         try:
             runs |= {f"{name} {way}": run for way, run in capture().items()}
@@ -136,16 +138,20 @@ def right(losses: dict[str, Loss], case: Case) -> dict[str, Loss]:
     return found
 
 
-def floor_passes(sets: list[tuple[torch.Tensor, ...]]) -> dict[str, Captured]:
+def floor_passes(case: Case, sets: list[tuple[torch.Tensor, ...]]) -> dict[str, Captured]:
     import floors  # here, because Triton is not everywhere
 
-    def both(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return floors.read(*tensors), floors.write(*tensors)
+    read = partial(floors.read, members=case.members)
+    write = partial(floors.write, members=case.members, drifting=case.drifting)
 
+    def both(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return read(*tensors), write(*tensors)
+
+    large = [tensors[:3] for tensors in sets]  # without labels and scores
     with torch.no_grad():
         return {
-            way: captured([partial(run, *tensors) for tensors in sets])
-            for way, run in (("fwd", floors.read), ("bwd", floors.write), ("both", both))
+            way: captured([partial(run, *tensors) for tensors in large])
+            for way, run in (("fwd", read), ("bwd", write), ("both", both))
         }
 
 
@@ -209,6 +215,7 @@ def measure(
 
     for name in [*losses, *[FLOOR] * floor]:
         row: dict[str, Any] = case._asdict() | {"provider": name, "bytes": sum(moved.values())}
+        row |= {"family": case.family.kind if case.family else "pairs", "members": case.members}
         row["floor_us"] = round(1e6 * row["bytes"] / bandwidth, 3) if bandwidth else ""
         row["copy_gb_s"] = round(bandwidth / 1e9, 1) if bandwidth else ""
         row["two_launches_us"] = device_us("empty")
@@ -261,39 +268,56 @@ def measured(path: Path) -> set[tuple[str, ...]]:
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
-    """The chosen links over all shapes; and every link at one, for time must not depend on it."""
+    """The chosen links over all shapes; the families beyond them, and every link, at few, for time
+    must not depend on it."""
+    usual = DTYPES[0].split(",")
     found = [
         Case(link, shape, pairs, *dtypes.split(","), shared)
         for dtypes, pairs, shape, link in itertools.product(
             args.dtypes, args.pairs, args.shapes, args.links
         )
-        for shared in ((True, False) if args.stacked else (True,))
+        for shared in ways(link, args.stacked)
+    ]
+    found += [
+        Case(link, shape, 4, *usual, FAMILIES[link].shared)
+        for shape, link in itertools.product(args.families, FAMILIES)
     ]
     if args.every_link:
         others = sorted(LINKS.keys() - PUBLISHED.keys())
-        found += [Case(link, "sdxl", 4, *DTYPES[0].split(",")) for link in others]
+        found += [Case(link, "sdxl", 4, *usual) for link in others]
 
-    def rank(case: Case) -> tuple[bool, int, bool]:
-        """What can be spared last: targets of one's own, and dtypes at the end of the list."""
+    def rank(case: Case) -> tuple[bool, bool, int, bool]:
+        """What can be spared last: targets of one's own, families, and dtypes at the end of the
+        list."""
         dtypes = f"{case.pred},{case.target}"
         of_dtypes = args.dtypes.index(dtypes) if dtypes in args.dtypes else 0
-        return not case.shared, of_dtypes, case.link not in PUBLISHED
+        stacked = not case.shared and not case.family
+        return stacked, bool(case.family), of_dtypes, case.link not in PUBLISHED
 
-    return sorted(found, key=rank)
+    return sorted(dict.fromkeys(found), key=rank)
+
+
+def ways(link: str, stacked: bool) -> tuple[bool, ...]:
+    """Whether a target is shared, in the cases of a link."""
+    if link in FAMILIES:
+        return (FAMILIES[link].shared,)
+    return (True, False) if stacked else (True,)
 
 
 DTYPES = ["fp32,bf16", "bf16,bf16", "fp32,fp32"]  # of prediction and target, the usual first
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {"shapes": ["sd15", "sdxl"], "pairs": [1, 4]},
+    "quick": {"shapes": ["sd15", "sdxl"], "pairs": [1, 4], "families": [VIDEO]},
     "headline": {
         "shapes": ["sdxl", "hunyuan720"],
         "pairs": [4],
+        "families": ["wan480"],
         "dtypes": DTYPES[:2],
         "providers": [name for name in PROVIDERS if name != "reduce-overhead"],
     },
     "full": {
-        "shapes": [shape for shape in SHAPES if shape != TINY],
+        "shapes": [shape for shape in SHAPES if shape not in (TINY, VIDEO)],
         "pairs": [4, 1],
+        "families": ["wan480", "sdxl"],
         "every_link": True,
         "stacked": True,
     },
@@ -306,9 +330,16 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--preset", choices=list(PRESETS), default="quick")
-    parser.add_argument("--links", nargs="+", choices=list(PUBLISHED), default=list(PUBLISHED))
+    links = [*PUBLISHED, *FAMILIES]
+    parser.add_argument("--links", nargs="+", choices=links, default=list(PUBLISHED))
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES))
-    parser.add_argument("--pairs", nargs="+", type=int, help="pairs in a batch")
+    parser.add_argument(
+        "--families", nargs="*", choices=list(SHAPES), metavar="SHAPE",
+        help="shapes at which to measure every loss that is not a pair's link",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pairs", nargs="+", type=int, help="pairs in a batch, or lists, or half the samples"
+    )
     parser.add_argument(
         "--dtypes", nargs="+", default=DTYPES, help="of prediction and target, joined by a comma"
     )

@@ -13,14 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastpref
+from fastpref.dispatch import Impl
 from fastpref_kernels import LINKS
 
 TINY = "tiny"  # no model's: to see that everything runs
+VIDEO = "wan240"
 SHAPES = {
     TINY: (4, 8, 8),
     "sd15": (4, 64, 64),
     "sdxl": (4, 128, 128),
     "sd3": (16, 128, 128),
+    VIDEO: (16, 5, 30, 52),  # Wan's, of 17 frames of 416 x 240: for a CPU
     "wan480": (16, 21, 60, 104),
     "hunyuan720": (16, 33, 90, 160),
 }
@@ -30,11 +33,18 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 Loss = Callable[..., Tensor]
 
 
+def each_error(pred: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(pred.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
+
+
+def whole(pred: Tensor, target: Tensor) -> Tensor:
+    """A target that the pair shares is repeated, as trainers do."""
+    return target if len(target) == len(pred) else torch.cat([target, target])
+
+
 def errors(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """As trainers write it; a target that the pair shares is repeated, as they do."""
-    target = target if len(target) == len(pred) else torch.cat([target, target])
-    squares = F.mse_loss(pred.float(), target.float(), reduction="none")
-    w, l = squares.flatten(1).mean(dim=1).chunk(2)
+    """As trainers write it."""
+    w, l = each_error(pred, whole(pred, target)).chunk(2)
     return w, l
 
 
@@ -57,7 +67,128 @@ BETA = 100.0  # errors here are 0.25, so that the margin stays where everything 
 PUBLISHED: dict[str, Loss] = {"mapo": published_mapo, "dpo_sigmoid": published_dpo}
 
 
-def fused(link: str, impl: fastpref.dispatch.Impl = "auto") -> Loss:
+# Beyond the links of pairs
+
+
+def published_kto(pred: Tensor, target: Tensor, ref: Tensor, label: Tensor) -> Tensor:
+    """jacklishufan/diffusion-kto train_kto_sd_v1.5.py, by one process."""
+    with torch.no_grad():
+        ref_errors = each_error(ref, target)
+    reward = ref_errors - each_error(pred, target)
+    sign = 2.0 * label - 1.0
+    kl = reward.mean().detach().clamp(min=0)
+    h = torch.sigmoid(sign * BETA * (reward - kl))
+    return (torch.where(sign > 0, 1.0, UNDESIRABLE) * (1 - h)).mean()
+
+
+def published_rankdpo(pred: Tensor, target: Tensor, ref: Tensor, score: Tensor) -> Tensor:
+    """Algorithm 2 of arXiv:2410.18013, of which there is no code."""
+    target = target.repeat_interleave(len(pred) // len(target), 0)
+    with torch.no_grad():
+        ref_errors = each_error(ref, target)
+        rank = 1 + (score[:, None, :] > score[:, :, None]).sum(2)
+        gain, discount = 2**score, 1 / torch.log(1 + rank)
+        weight = (gain[:, :, None] - gain[:, None, :]).abs()
+        weight *= (discount[:, :, None] - discount[:, None, :]).abs()
+        weight *= score[:, :, None] > score[:, None, :]
+    drop = (each_error(pred, target) - ref_errors).view(score.shape)
+    lost = BETA * (drop[:, :, None] - drop[:, None, :])
+    return (weight * F.softplus(lost)).sum((1, 2)).mean()
+
+
+def published_dspo(pred: Tensor, target: Tensor, ref: Tensor) -> Tensor:
+    """huaishengzhu/DSPO train.py, its SD1.5 form, for latents of any rank."""
+    w, l = errors(pred, target)
+    with torch.no_grad():
+        ref_w, ref_l = errors(ref, target)
+    share = 1 - torch.sigmoid(-0.5 * DSPO_BETA * ((w - l) - (ref_w - ref_l)))
+    (pred_w, _), (ref_w, _) = pred.float().chunk(2), ref.float().chunk(2)
+    target_w = target[: len(w)].float()
+    share = share.view(-1, *[1] * (pred.dim() - 1))
+    return ((pred_w - target_w) - DSPO_BETA * share * (pred_w - ref_w)).square().mean()
+
+
+def published_safeguard(pred: Tensor, target: Tensor, ref: Tensor) -> Tensor:
+    """Diffusion-SDPO's train.py, on Diffusion-DPO. The gradients for which it calls autograd are
+    written out, for torch.compile, and 1e-9 is left out of the divisor, for next to that of a video
+    it is not small."""
+    w, l = errors(pred, target)
+    with torch.no_grad():
+        ref_w, ref_l = errors(ref, target)
+        by_w, by_l = (2 / w.numel() * (pred.float() - whole(pred, target).float())).chunk(2)
+        dot = (by_w * by_l).sum()
+        scale = ((1 - SAFEGUARD) * by_w.square().sum() / dot).clamp(0, 1)
+        scale = torch.where(dot > 0, scale, 1.0)
+    l = l.detach() + scale * (l - l.detach())
+    return -F.logsigmoid(-0.5 * BETA * ((w - l) - (ref_w - ref_l))).mean()
+
+
+def published_dro(pred: Tensor, target: Tensor, ref: Tensor) -> Tensor:
+    """Log-mean-exp over the batch as in DoRA's train_mistral_prompt.py, on Diffusion-DPO."""
+    w, l = errors(pred, target)
+    with torch.no_grad():
+        ref_w, ref_l = errors(ref, target)
+    losses = -F.logsigmoid(-0.5 * BETA * ((w - l) - (ref_w - ref_l)))
+    return HEAT * torch.log(torch.exp(losses / HEAT).mean())
+
+
+def dpo_on_errors(pred: Tensor, target: Tensor, ref: Tensor, *, impl: Impl = "auto") -> Tensor:
+    """A loss of one's own around our errors."""
+    gap_w, gap_l = fastpref.pair_errors(pred, target, ref, impl=impl)[2:]
+    return -F.logsigmoid(-0.5 * BETA * (gap_w - gap_l)).mean()  # type: ignore[operator]
+
+
+def called(function: Callable[..., Any], **numbers: Any) -> Loss:
+    def loss(*tensors: Tensor, impl: Impl = "auto") -> Tensor:
+        value: Tensor = function(*tensors, impl=impl, **numbers).loss
+        return value
+
+    return loss
+
+
+UNDESIRABLE, DSPO_BETA, SAFEGUARD, HEAT = 1.5, 20.0, 0.9, 0.5
+
+
+class Family(NamedTuple):
+    """A loss that is not the link of a pair alone, all of which take the reference's predictions.
+
+    kind: what is new to it. members: of a group. shared: whether they share the target. drifting:
+    how many have a gradient along pred - ref, for which backward has to read ref.
+    """
+
+    kind: str
+    published: Loss
+    ours: Loss
+    members: int = 2
+    shared: bool = True
+    drifting: int = 0
+
+
+DPO = fastpref.dpo_loss
+RANKDPO = called(fastpref.rankdpo_loss, beta=BETA)
+FAMILIES = {
+    "kto": Family(
+        "samples",
+        published_kto,
+        called(fastpref.kto_loss, beta=BETA, lambda_undesirable=UNDESIRABLE),
+        members=1,
+    ),
+    "rankdpo_4": Family("lists", published_rankdpo, RANKDPO, members=4, shared=False),
+    "rankdpo_8": Family("lists", published_rankdpo, RANKDPO, members=8),
+    "dspo": Family("sums", published_dspo, called(fastpref.dspo_loss, beta=DSPO_BETA), drifting=1),
+    "dpo_safeguard": Family(
+        "around", published_safeguard, called(DPO, beta=BETA, safeguard=SAFEGUARD)
+    ),
+    "dpo_dro": Family(
+        "around", published_dro, called(DPO, beta=BETA, reduction="dro", dro_temperature=HEAT)
+    ),
+    "pair_errors": Family("errors", published_dpo, dpo_on_errors),
+}
+
+
+def fused(link: str, impl: Impl = "auto") -> Loss:
+    if family := FAMILIES.get(link):
+        return functools.partial(family.ours, impl=impl)
     hyper: dict[str, Any] = {
         name: 0.3 for name, h in LINKS[link].hyper.items() if h.default is None
     }
@@ -78,7 +209,8 @@ def providers(link: str, names: Collection[str] = PROVIDERS) -> dict[str, Loss]:
     torch._dynamo.reset()
     torch._functorch.config.donated_buffer = False  # backward alone is timed with retain_graph
     found: dict[str, Loss] = {}
-    if published := PUBLISHED.get(link):
+    family = FAMILIES.get(link)
+    if published := family.published if family else PUBLISHED.get(link):
         found["eager"] = published
         if GPU or importlib.util.find_spec("triton"):
             found["compile"] = torch.compile(published, fullgraph=True)
@@ -90,7 +222,8 @@ def providers(link: str, names: Collection[str] = PROVIDERS) -> dict[str, Loss]:
 
 
 class Case(NamedTuple):
-    """What is measured: `shape` of a sample, pairs, dtypes, and whether pairs share the target."""
+    """What is measured: `shape` of a sample, pairs, dtypes, and whether pairs share the target.
+    Instead of pairs, there may be as many lists, or twice as many single samples."""
 
     link: str
     shape: str
@@ -99,34 +232,76 @@ class Case(NamedTuple):
     target: str
     shared: bool = True
 
+    @property
+    def family(self) -> Family | None:
+        return FAMILIES.get(self.link)
+
+    @property
+    def members(self) -> int:
+        return self.family.members if self.family else 2
+
+    @property
+    def samples(self) -> int:
+        return max(self.members, 2) * self.pairs
+
+    @property
+    def targets(self) -> int:
+        return self.samples // self.members if self.shared else self.samples
+
+    @property
+    def needs_ref(self) -> bool:
+        return self.family is not None or LINKS[self.link].score.needs_ref
+
     def tensors(self) -> tuple[Tensor, ...]:
-        """A prediction that wants a gradient, its target and, where it is needed, the reference's
-        prediction, with errors of 0.25: for much smaller ones MaPO's published formula is too far
-        off to pass for right."""
+        """A prediction that wants a gradient, its target and, where they are needed, the
+        reference's prediction, and labels or scores. Errors are 0.25: for much smaller ones MaPO's
+        published formula is too far off to pass for right."""
         generator = torch.Generator(DEVICE).manual_seed(0)
         sample = SHAPES[self.shape]
 
         def randn(n: int) -> Tensor:
             return torch.randn(n, *sample, device=DEVICE, generator=generator)
 
-        target = randn(self.pairs if self.shared else 2 * self.pairs)
-        whole = torch.cat([target, target]) if self.shared else target
-        pred = (whole + 0.5 * randn(2 * self.pairs)).to(DTYPES[self.pred])
+        target = randn(self.targets)
+        off = 0.5 * randn(self.samples)
+        if self.family and self.members == 2:  # else the safeguard would have nothing to do
+            off[self.pairs :] = 0.8 * off[: self.pairs] + 0.6 * off[self.pairs :]
+        repeats = self.samples // self.targets
+        of_each = target.repeat_interleave(repeats, 0) if self.members > 2 else (
+            torch.cat([target] * repeats)
+        )  # fmt: skip
+        pred = (of_each + off).to(DTYPES[self.pred])
         tensors = (pred.clone().requires_grad_(), target.to(DTYPES[self.target]))
-        if not LINKS[self.link].score.needs_ref:
+        if not self.needs_ref:
             return tensors
-        return *tensors, (pred + 0.05 * randn(2 * self.pairs)).to(DTYPES[self.pred])
+        moved = 0.05 * randn(self.samples)
+        if self.family:  # by more from sample to sample, in which the losses are to differ
+            steps = torch.linspace(1, 2, self.samples, device=DEVICE)
+            moved *= steps.view(-1, *[1] * len(sample))
+        return *tensors, (pred + moved).to(DTYPES[self.pred]), *self._numbers()
+
+    def _numbers(self) -> tuple[Tensor, ...]:
+        """Labels of samples, or scores of lists, no two of which are the same."""
+        if self.members == 1:
+            return (torch.arange(self.samples, device=DEVICE) % 3 > 0,)
+        if self.members == 2:
+            return ()
+        order = 5 * torch.arange(self.samples, device=DEVICE).view(self.pairs, -1) % self.members
+        return ((order + 1.0) / self.members,)
 
     def bytes_moved(self) -> tuple[int, int]:
-        """The floor: forward reads every tensor; backward reads prediction and target and writes
-        the gradient."""
-        shape = SHAPES[self.shape]
-        sample = torch.Size(shape).numel()
-        of_pred = 2 * self.pairs * sample * DTYPES[self.pred].itemsize
-        n_targets = self.pairs if self.shared else 2 * self.pairs
-        of_target = n_targets * sample * DTYPES[self.target].itemsize
-        of_ref = of_pred if LINKS[self.link].score.needs_ref else 0
-        return of_pred + of_target + of_ref, 2 * of_pred + of_target
+        """The floor: forward reads every tensor; backward reads prediction and target, and what has
+        a direction of its own in the gradient, and writes the gradient."""
+        sample = torch.Size(SHAPES[self.shape]).numel()
+        of_pred = self.samples * sample * DTYPES[self.pred].itemsize
+        of_target = self.targets * sample * DTYPES[self.target].itemsize
+        of_ref = of_pred if self.needs_ref else 0
+        again = of_pred * self.drifting // self.members
+        return of_pred + of_target + of_ref, 2 * of_pred + of_target + again
+
+    @property
+    def drifting(self) -> int:
+        return self.family.drifting if self.family else 0
 
 
 @functools.cache

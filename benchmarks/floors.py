@@ -1,6 +1,6 @@
 """Two kernels that only move memory, in as many programs as the real ones: one reads what forward
 reads, the other reads and writes what backward does. Nothing with these launches can be faster."""
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment"
 
 from __future__ import annotations
 
@@ -14,61 +14,73 @@ from fastpref_kernels import launch
 
 @triton.jit
 def read_kernel(
-    pred, target, ref, sums, half, SHARED: tl.constexpr, REF: tl.constexpr, BLOCK: tl.constexpr
-):
-    """half: elements of all winners."""
+    pred, target, ref, sums, size,
+    MEMBERS: tl.constexpr, SHARED: tl.constexpr, REFS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """size: elements of all first members, then come all second ones. REFS: members with a ref."""
     total = tl.zeros([BLOCK], tl.float32)
-    for start in range(tl.program_id(0) * BLOCK, half, tl.num_programs(0) * BLOCK):
+    for start in range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
         at = start + tl.arange(0, BLOCK)
-        inside = at < half
-        total += tl.load(pred + at, inside, 0).to(tl.float32)
-        total += tl.load(pred + half + at, inside, 0).to(tl.float32)
-        total += tl.load(target + at, inside, 0).to(tl.float32)
-        if not SHARED:
-            total += tl.load(target + half + at, inside, 0).to(tl.float32)
-        if REF:
-            total += tl.load(ref + at, inside, 0).to(tl.float32)
-            total += tl.load(ref + half + at, inside, 0).to(tl.float32)
+        inside = at < size
+        for m in tl.static_range(MEMBERS):
+            total += tl.load(pred + m * size + at, inside, 0).to(tl.float32)
+            if m == 0 or not SHARED:
+                total += tl.load(target + m * size + at, inside, 0).to(tl.float32)
+            if m < REFS:
+                total += tl.load(ref + m * size + at, inside, 0).to(tl.float32)
     tl.store(sums + tl.program_id(0), tl.sum(total, 0))
 
 
 @triton.jit
-def write_kernel(pred, target, grad, half, SHARED: tl.constexpr, BLOCK: tl.constexpr):
-    for start in range(tl.program_id(0) * BLOCK, half, tl.num_programs(0) * BLOCK):
+def write_kernel(
+    pred, target, ref, grad, size,
+    MEMBERS: tl.constexpr, SHARED: tl.constexpr, REFS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    for start in range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
         at = start + tl.arange(0, BLOCK)
-        inside = at < half
-        w = tl.load(pred + at, inside, 0).to(tl.float32)
-        l = tl.load(pred + half + at, inside, 0).to(tl.float32)
-        of_w = tl.load(target + at, inside, 0).to(tl.float32)
-        of_l = of_w if SHARED else tl.load(target + half + at, inside, 0).to(tl.float32)
-        tl.store(grad + at, (w + of_w).to(grad.dtype.element_ty), inside)
-        tl.store(grad + half + at, (l + of_l).to(grad.dtype.element_ty), inside)
+        inside = at < size
+        values = ()
+        for m in tl.static_range(MEMBERS):
+            if m == 0 or not SHARED:
+                goal = tl.load(target + m * size + at, inside, 0).to(tl.float32)
+            value = tl.load(pred + m * size + at, inside, 0).to(tl.float32) + goal
+            if m < REFS:
+                value += tl.load(ref + m * size + at, inside, 0).to(tl.float32)
+            values = values + (value,)  # noqa: RUF005 (the jit knows no unpacking)
+        for m in tl.static_range(MEMBERS):
+            tl.store(grad + m * size + at, values[m].to(grad.dtype.element_ty), inside)
 
 
-def read(pred: Tensor, target: Tensor, ref: Tensor | None = None) -> Tensor:
+def read(pred: Tensor, target: Tensor, *ref: Tensor, members: int = 2) -> Tensor:
     """Sums of all elements, one for each program of a forward on these tensors."""
-    grid, options = _launch(pred, target)
+    grid, options = _launch(pred, target, members)
     sums = torch.empty(grid, dtype=torch.float32, device=pred.device)
-    shared = len(target) < len(pred)
+    refs = members if ref else 0
     read_kernel[grid](
-        pred, target, pred if ref is None else ref, sums, pred.numel() // 2,
-        SHARED=shared, REF=ref is not None, **options,
-    )  # fmt: skip
+        pred, target, *(ref or (pred,)), sums, pred.numel() // members, REFS=refs, **options
+    )
     return sums
 
 
-def write(pred: Tensor, target: Tensor, ref: Tensor | None = None) -> Tensor:
-    """pred + target, in memory like a gradient's."""
-    grid, options = _launch(pred, target)
+def write(
+    pred: Tensor, target: Tensor, *ref: Tensor, members: int = 2, drifting: int = 0
+) -> Tensor:
+    """pred + target, and the first members' ref if they are `drifting`, in memory like a
+    gradient's."""
+    grid, options = _launch(pred, target, members)
     grad = torch.empty_like(pred)
-    shared = len(target) < len(pred)
-    write_kernel[grid](pred, target, grad, pred.numel() // 2, SHARED=shared, **options)
+    write_kernel[grid](
+        pred, target, *(ref or (pred,)), grad, pred.numel() // members, REFS=drifting, **options
+    )
     return grad
 
 
-def _launch(pred: Tensor, target: Tensor) -> tuple[tuple[int], dict[str, int]]:
+def _launch(pred: Tensor, target: Tensor, members: int) -> tuple[tuple[int], dict[str, int]]:
     """As many programs, and threads with one 16-byte vector of a block each, as fastpref has."""
-    n_pairs = len(pred) // 2
-    programs = n_pairs * launch._programs(n_pairs, pred[0].numel())
+    n_groups = len(pred) // members
+    programs = n_groups * launch._programs(n_groups, pred[0].numel())
     width = max(pred.element_size(), target.element_size())
-    return (programs,), {"BLOCK": launch.BLOCK, "num_warps": launch.BLOCK * width // 16 // 32}
+    return (programs,), {
+        "MEMBERS": members, "SHARED": len(target) < len(pred),
+        "BLOCK": launch.BLOCK, "num_warps": launch.BLOCK * width // 16 // 32,
+    }  # fmt: skip

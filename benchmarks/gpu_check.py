@@ -74,6 +74,8 @@ def report(where: Where) -> Command:
 DRY = [
     "--shapes",
     "tiny",
+    "--families",
+    "tiny",
     "--rounds",
     "1",
     "--links",
@@ -106,7 +108,9 @@ def sanitizers(where: Where) -> list[Command]:
         say(where.out / "log.txt", f"left out: {why}")
         return []
     selected = "(test_shapes and mapo) or every_loss_is_its_formula and 0.01-dpo"
-    words = [*PYTEST, "tests/test_pair_loss.py", "tests/test_losses.py", "-k", selected]
+    selected += " or published_and_fused_agree and dtypes0 and (kto or rankdpo_4 or dspo)"
+    files = [f"tests/test_{name}.py" for name in ("pair_loss", "losses", "benchmarks")]
+    words = [*PYTEST, *files, "-k", selected]
     sanitizer = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", found]
     return [
         Command(85, [*sanitizer, "--tool", tool, "--error-exitcode", "1", *words])

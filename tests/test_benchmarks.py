@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -134,13 +135,17 @@ def test_rows_of_a_gpu(
 ) -> None:
     """Every column of every provider, the floor's too, in a file that report.py draws."""
     words = ["--preset", "headline", "--shapes", "tiny", "--dtypes", "fp32,bf16", "--rounds", "2"]
-    words += ["--providers", "eager", "fastpref", "floor", "--stacked"]
+    words += ["--providers", "eager", "fastpref", "floor", "--stacked", "--families", "tiny"]
     assert bench_loss.main([*words, "--output_dir", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*.csv")
     rows = table(path)
     providers = ["eager", "fastpref", "floor"]
-    assert [row["provider"] for row in rows] == providers * 4
-    assert [row["shared"] for row in rows] == ["True"] * 6 + ["False"] * 6
+    links = [*cases.PUBLISHED, *cases.FAMILIES]
+    assert [row["provider"] for row in rows] == providers * (len(links) + 2)
+    assert [row["link"] for row in rows[::3]] == [*links, *cases.PUBLISHED]
+    assert [row["shared"] for row in rows[::3] if row["family"] == "pairs"] == (
+        ["True"] * 2 + ["False"] * 2
+    )  # fmt: skip
     unmeasured = {"wall_us", "wall_us_p20", "wall_us_p80", "extra_bytes"}
     for row in rows:
         empty = {name for name, value in row.items() if value == ""} - {"git"}
@@ -184,7 +189,7 @@ def test_what_fails_is_told_and_the_rest_is_measured(
     monkeypatch.setattr(bench_loss, "providers", lambda link, names: made)
     monkeypatch.setattr(bench_loss, "passes", passes)
     words = ["--shapes", "tiny", "--pairs", "1", "--dtypes", "fp32,bf16", "--rounds", "1"]
-    words += ["--links", "mapo", "--output_dir", str(tmp_path)]
+    words += ["--links", "mapo", "--families", "--output_dir", str(tmp_path)]
     assert bench_loss.main(words) == 1
     (path,) = tmp_path.glob("*.csv")
     rows = {row["provider"]: row for row in table(path)}
@@ -211,6 +216,7 @@ def test_a_case_that_cannot_be_measured_does_not_stop_the_next(
     monkeypatch.setattr(bench_loss, "GPU", False)
     monkeypatch.setattr(bench_loss, "measure", measure)
     words = ["--shapes", "tiny", "--pairs", "1", "2", "--dtypes", "fp32,bf16", "--links", "mapo"]
+    words += ["--families"]
     assert bench_loss.main([*words, "--output_dir", str(tmp_path)]) == 1
     (path,) = tmp_path.glob("*.csv")
     assert [row["pairs"] for row in table(path)] == ["2"]
@@ -227,9 +233,16 @@ def test_the_most_telling_cases_come_first() -> None:
     assert len({*full}) == len(full)
     assert headline[0] == Case("mapo", "sdxl", 4, "fp32", "bf16")
     assert Case("dpo_sigmoid", "hunyuan720", 4, "bf16", "bf16") in headline
-    shared = [case.shared for case in full]
+    shared = [case.shared for case in full if not case.family]
     assert shared == sorted(shared, reverse=True)
-    assert not any(case.shape == cases.TINY for case in full)
+    assert not any(case.shape in (cases.TINY, cases.VIDEO) for case in full)
+    for preset in ("quick", "headline", "full"):
+        videos = [case for case in found(preset) if case.family and case.shape.startswith("wan")]
+        assert [case.link for case in videos] == [*cases.FAMILIES]
+    beyond = [bool(case.family) for case in headline]
+    assert beyond == sorted(beyond)
+    stacked = [case for case in full if not case.shared and not case.family]
+    assert full.index(videos[-1]) < full.index(stacked[0])
     assert "reduce-overhead" not in bench_loss.PRESETS["headline"]["providers"]
 
 
@@ -347,7 +360,7 @@ def test_steps_of_a_graph_share_no_memory(gpu: StandIn | None) -> None:
     sets, _ = timing.inputs(case)
     for run in timing.passes(cases.fused("dpo_sigmoid", "torch"), sets).values():
         assert len({written(each) for each in run.results}) == len(sets)
-    for run in bench_loss.floor_passes(sets).values():
+    for run in bench_loss.floor_passes(case, sets).values():
         assert len({written(each) for each in run.results}) == len(sets)
 
 
@@ -421,7 +434,95 @@ def test_a_captured_launch_finds_a_ticket(gpu: StandIn) -> None:
     assert len(launch._slabs) == 3
 
 
+# Losses beyond the links of pairs
+
+
+@pytest.mark.parametrize("dtypes", [("fp32", "bf16"), ("bf16", "bf16")])
+@pytest.mark.parametrize("link", cases.FAMILIES)
+def test_published_and_fused_agree(link: str, dtypes: tuple[str, str]) -> None:
+    """On latents of a video, to more digits than a provider needs; and the kernels with them."""
+    family = cases.FAMILIES[link]
+    case = Case(link, cases.VIDEO, 2, *dtypes, family.shared)
+    assert cases.is_right(cases.fused(link, "triton"), case._replace(shape="sd15"))
+    tensors = case.tensors()
+    loss, grad = cases.step(family.published, tensors)
+    ours, our_grad = cases.step(cases.fused(link, "torch"), tensors)
+    torch.testing.assert_close(loss, ours, rtol=1e-5, atol=0)
+    rounding = 2e-5 if dtypes[0] == "fp32" else 1e-2
+    assert (grad - our_grad).abs().max() <= rounding * grad.abs().max()
+
+
+def test_inputs_of_every_family_say_something() -> None:
+    """The safeguard acts, no gradient of a whole sample is 0, and scores differ in a list."""
+    for link, family in cases.FAMILIES.items():
+        case = Case(link, "sd15", 2, "fp32", "fp32", family.shared)
+        tensors = case.tensors()
+        assert len(tensors[0]) == case.samples
+        assert len(tensors[1]) == case.targets
+        grad = cases.step(family.published, tensors)[1].flatten(1).abs().amax(1)
+        assert (grad > 0.001 * grad.max()).all(), link
+        if family.kind == "lists":
+            assert all(len(row.unique()) == family.members for row in tensors[3])
+    case = Case("dpo_safeguard", "sd15", 2, "fp32", "fp32")
+    grads = [
+        cases.step(cases.FAMILIES[link].published, case.tensors())[1].chunk(2)
+        for link in ("dpo_safeguard", "pair_errors")
+    ]
+    assert torch.equal(grads[0][0], grads[1][0])
+    assert grads[0][1].abs().max() < 0.3 * grads[1][1].abs().max()
+
+
 # The floor
+
+
+@pytest.mark.parametrize("link", ["dpo_sigmoid", *cases.FAMILIES])
+def test_bytes_are_those_that_the_launches_need(link: str) -> None:
+    """Each of what they are given once, but for the loser's reference in DSPO's backward, along
+    which there is no gradient; on the way back prediction and target, and the gradient."""
+    family = cases.FAMILIES.get(link)
+    case = Case(link, "tiny", 3, "fp32", "bf16", family.shared if family else True)
+    pred, target, ref = case.tensors()[:3]
+    again = ref.nbytes // 2 if link == "dspo" else 0
+    forward, backward = case.bytes_moved()
+    assert forward == pred.nbytes + target.nbytes + ref.nbytes
+    assert backward == 2 * pred.nbytes + target.nbytes + again
+    assert sum(given_to_launches(case)) == forward + backward + (
+        ref.nbytes // 2 if link == "dspo" else 0
+    )  # fmt: skip
+
+
+def given_to_launches(case: Case) -> list[int]:
+    """Bytes of the large operands of forward and backward, with the gradient."""
+    found = []
+
+    def noted(kernel: Any, plan: Any, device: Any, pointers: Any, *rest: Any) -> None:
+        operands = [each for each in pointers if isinstance(each, tuple)]
+        found.append(sum(t.nbytes for each in operands for t in each))
+        real(kernel, plan, device, pointers, *rest)
+
+    real = launch._launch
+    with mock.patch.object(launch, "_launch", noted):
+        cases.step(cases.fused(case.link, "triton"), case.tensors())
+    return found
+
+
+@pytest.mark.parametrize("link", cases.FAMILIES)
+def test_the_floor_of_a_family(link: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads and writes what `bytes_moved` counts, in the programs of the real launches."""
+    monkeypatch.setattr(launch, "MAX_PROGRAMS", 6)
+    case = Case(link, "sd15", 1, "fp32", "bf16", cases.FAMILIES[link].shared)
+    pred, target, ref = tensors = case.tensors()[:3]
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape) % 3)
+        sums = floors.read(*tensors, members=case.members)
+        grad = floors.write(*tensors, members=case.members, drifting=case.drifting)
+    assert sums.sum().item() == sum(tensor.double().sum().item() for tensor in tensors)
+    wanted = pred.detach() + torch.cat([target] * (case.samples // case.targets))
+    first = case.samples * case.drifting // case.members
+    wanted[:first] += ref[:first]
+    assert torch.equal(grad, wanted)
+    assert {grid[0] for grid in grids_of(link, case.tensors())} == {sums.numel()}
 
 
 @pytest.mark.parametrize("dtypes", [("fp32", "bf16"), ("bf16", "bf16"), ("bf16", "fp32")])
@@ -444,7 +545,15 @@ def test_the_floor_reads_and_writes_everything(
     assert torch.equal(grad, (pred.detach() + whole).to(pred.dtype))
 
 
-def test_the_floor_has_the_programs_of_the_real_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_floor_has_the_programs_of_the_real_launches() -> None:
+    for shape, pairs in (("tiny", 3), ("sd15", 2), ("sdxl", 1)):
+        tensors = Case("dpo_sigmoid", shape, pairs, "fp32", "bf16").tensors()
+        grids = grids_of("dpo_sigmoid", tensors)
+        assert {grid[0] for grid in grids} == {floors.read(*tensors).numel()}
+
+
+def grids_of(link: str, tensors: tuple[Tensor, ...]) -> list[tuple[int, ...]]:
+    """Of forward and backward."""
     grids = []
 
     def noted(kernel: Any, plan: Any, *rest: Any, **options: Any) -> None:
@@ -452,12 +561,9 @@ def test_the_floor_has_the_programs_of_the_real_launches(monkeypatch: pytest.Mon
         real(kernel, plan, *rest, **options)
 
     real = launch._launch
-    monkeypatch.setattr(launch, "_launch", noted)
-    for shape, pairs in (("tiny", 3), ("sd15", 2), ("sdxl", 1)):
-        tensors = Case("dpo_sigmoid", shape, pairs, "fp32", "bf16").tensors()
-        grids.clear()
-        cases.step(cases.fused("dpo_sigmoid", "triton"), tensors)
-        assert {grid[0] for grid in grids} == {floors.read(*tensors).numel()}
+    with mock.patch.object(launch, "_launch", noted), choices.chosen({}):
+        cases.step(cases.fused(link, "triton"), tensors)
+    return grids
 
 
 def test_the_floor_compiles_for_sm_90() -> None:
@@ -472,11 +578,11 @@ from triton.compiler import ASTSource
 
 for pred, target in (("fp32", "bf16"), ("bf16", "bf16"), ("fp32", "fp32")):
     warps = 8 if "fp32" in (pred, target) else 4
-    for shared in (True, False):
+    for members, shared in ((1, False), (2, True), (2, False), (4, False), (8, True)):
         for kernel in (floors.read_kernel, floors.write_kernel):
-            constants = {"SHARED": shared, "REF": True, "BLOCK": 1024}
-            constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
-            types = {"target": f"*{target}", "sums": "*fp32", "half": "i32"}
+            refs = members if kernel is floors.read_kernel else members == 2
+            constants = {"MEMBERS": members, "SHARED": shared, "REFS": int(refs), "BLOCK": 1024}
+            types = {"target": f"*{target}", "sums": "*fp32", "size": "i32"}
             signature = {name: types.get(name, f"*{pred}") for name in kernel.arg_names}
             signature |= dict.fromkeys(constants, "constexpr")
             aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
@@ -564,6 +670,7 @@ def full_rows(tmp_path: Path) -> Path:
     path = tmp_path / "gpu.csv"
     usual: dict[str, Any] = {"pairs": 4, "target": "bf16", "shared": "True", "device": "some GPU"}
     usual |= {"torch": "2", "triton": "3", "copy_gb_s": 3000, "extra_bytes": 80}
+    usual |= {"family": "pairs", "members": 2}
     usual |= {"fwd_gb_s": 2900, "bwd_gb_s": 2800}
     times = {"floor_us": 2.0, "two_launches_us": 3.0, "device_us": 6.0, "fwd_us": 2.5}
     times |= {"bwd_us": 3.5, "wall_us": 40.0, "wall_us_p20": 39.0, "wall_us_p80": 41.0}
@@ -576,6 +683,16 @@ def full_rows(tmp_path: Path) -> Path:
                 row |= {"bytes": 2 ** (21 + i)}
                 row |= {name: took * slower for name, took in times.items()}
                 rows.append(row | {"device_us": (6.0 - 0.1 * (i == 1)) * slower})
+    of_lists: dict[str, Any] = {
+        "link": "rankdpo_8",
+        "shape": "wan480",
+        "pred": "fp32",
+        "shared": "True",
+    }
+    of_lists |= {"family": "lists", "members": 8, "bytes": 2**25, "extra_bytes": 80000}
+    for provider, slower in (("compile", 1.5), ("fastpref", 1), ("floor", 0.5)):
+        row = usual | of_lists | {"provider": provider}
+        rows.append(row | {name: took * slower for name, took in times.items()})
     bench_loss.append(path, rows)
     return path
 
@@ -590,6 +707,8 @@ def test_the_report_says_what_is_met(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "met  Hunyuan, 4 pairs, mapo, shared: fwd bandwidth / copy: 0.9667 (>= 0.92)" in lines
     assert "met  Hunyuan, 4 pairs, mapo, shared: compile / fastpref, device: 3 (>= 1.2)" in lines
     assert "met  extra bytes, most: 80 (<= 65536)" in lines
+    assert "met  extra bytes of a list's sample, most: 1e+04 (<= 16384)" in lines
+    assert "met  rankdpo_8, wan480: compile / fastpref, device: 1.5 (>= 1)" in lines
     assert "met  replay / (floor + two empty kernels), most: 1.2 (<= 1.3)" in lines
     assert any(line.startswith("MISSED R^2 of device time by bytes: ") for line in lines)
     about = "fastpref / launches that only move memory, mapo sdxl 4 fp32,bf16: "
@@ -621,6 +740,9 @@ def test_the_report_does_without_what_was_not_measured(
         for value in {row[key] for row in whole}:
             reported([row for row in whole if row[key] != value])
             reported([row for row in whole if row[key] == value])
+    for column in ("family", "members"):  # which older rows have not
+        reported([{k: v for k, v in row.items() if k != column} for row in whole])
+    assert "| rankdpo_8 | wan480 | 4 |" in reported(whole)
     reported(whole[:1])
     report.main([str(path)])
     path.write_text(path.read_text().splitlines()[0] + "\n")  # nothing at all

@@ -14,7 +14,11 @@ import torch
 import triton
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import cases
 import fastpref
+from fastpref_kernels import pair
 
 pytestmark = pytest.mark.gpu
 
@@ -235,3 +239,128 @@ def test_more_than_2_to_the_31_elements() -> None:
         assert grad[0, -1].item() == pytest.approx(1.0 / shape[1] / shape[0], rel=1e-2)
         assert grad[-1, -1].item() == 0
         del pred, target, grad, out
+
+
+# Losses beyond the links of pairs: of single samples, of lists, with more sums, and what is taken
+# from the whole batch inside of the launch
+
+
+def of_family(link: str, shape: str, pairs: int, seed: int = 0) -> tuple[Tensor, ...]:
+    """Inputs of a benchmark, with noise of their own by `seed`."""
+    case = cases.Case(link, shape, pairs, "fp32", "bf16", cases.FAMILIES[link].shared)
+    pred, *others = case.tensors()
+    generator = torch.Generator("cuda").manual_seed(seed)
+    noise = torch.randn(pred.shape, device="cuda", generator=generator)
+    return (pred.detach() + 0.02 * noise).requires_grad_(), *others
+
+
+def family_step(link: str, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    loss, grad = cases.step(cases.fused(link, "triton"), tensors)
+    return loss.detach(), grad
+
+
+def same(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtypes", [("fp32", "bf16"), ("bf16", "bf16")])
+@pytest.mark.parametrize("shape", ["sdxl", "wan480"])
+@pytest.mark.parametrize("link", cases.FAMILIES)
+def test_a_family_is_its_formula(link: str, shape: str, dtypes: tuple[str, str]) -> None:
+    """Against the reference in fp64, and the published formula in eager PyTorch against it, too."""
+    case = cases.Case(link, shape, 3, *dtypes, cases.FAMILIES[link].shared)
+    assert cases.is_right(cases.FAMILIES[link].published, case)
+    tensors = case.tensors()
+    exact = tuple(t.detach().double() for t in tensors)
+    exact[0].requires_grad_()
+    wanted, wanted_grad = cases.step(cases.fused(link, "torch"), exact)
+    loss, grad = family_step(link, tensors)
+    torch.testing.assert_close(loss.double(), wanted.detach(), rtol=1e-5, atol=0)
+    rounding = max(1e-4, torch.finfo(grad.dtype).eps)
+    assert (grad - wanted_grad).abs().max() <= rounding * wanted_grad.abs().max()
+
+
+@pytest.mark.parametrize("link", cases.FAMILIES)
+def test_a_family_on_two_streams(link: str) -> None:
+    """Which repeats it bit for bit, too."""
+    inputs = [of_family(link, "sdxl", 3, seed) for seed in range(2)]
+    wanted = [family_step(link, each) for each in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    results: list[list[tuple[Tensor, Tensor]]] = [[] for _ in inputs]
+    for _ in range(20):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                results[i].append(family_step(link, inputs[i]))
+    torch.cuda.synchronize()
+    for got, each in zip(results, wanted, strict=True):
+        assert all(same(one, each) for one in got)
+
+
+@pytest.mark.parametrize("link", cases.FAMILIES)
+def test_a_family_in_graphs_replayed_at_once(link: str) -> None:
+    """And on inputs that came after the capture."""
+    inputs = [of_family(link, "sdxl", 2, seed) for seed in range(2)]
+    wanted = [family_step(link, each) for each in inputs]
+    graphs, outputs = [], []
+    for each in inputs:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs.append(family_step(link, each))
+        graphs.append(graph)
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(20):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    assert all(same(got, each) for got, each in zip(outputs, wanted, strict=True))
+    inputs[0][0].data.copy_(inputs[1][0])
+    graphs[0].replay()
+    torch.cuda.synchronize()
+    assert same(outputs[0], wanted[1])
+
+
+@pytest.mark.parametrize("link", cases.FAMILIES)
+def test_a_family_waits_for_nothing(link: str) -> None:
+    tensors = of_family(link, "sd15", 2)
+    family_step(link, tensors)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        family_step(link, tensors)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 8, 16])
+def test_lists_of_20_shapes_compile_two_kernels(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One forward and one backward, whatever the latents and the number of lists."""
+    made: list[str] = []
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_cache_hook", lambda **about: made.append(about["fn"].name)
+    )
+    for kernel in (pair.pair_fwd, pair.pair_bwd):
+        kernel.device_caches.clear()
+    for lists in (1, 2, 3, 16):
+        for size in (32, 36, 40, 44, 48):
+            target = torch.randn(lists, 4, size, 96 - size, device="cuda")
+            pred = torch.randn(lists * k, *target.shape[1:], device="cuda", requires_grad=True)
+            score = torch.rand(lists, k, device="cuda")
+            out = fastpref.rankdpo_loss(pred, target, pred.detach() + 0.1, score, impl="triton")
+            out.loss.backward()
+    assert sorted(made) == ["pair_bwd", "pair_fwd"]
+
+
+@pytest.mark.parametrize("link", cases.FAMILIES)
+def test_extra_memory_of_a_family(link: str) -> None:
+    """Under 64 KiB, or of lists 16 KiB for each sample of one: partial sums, and no copies."""
+    tensors = of_family(link, "sd3", 4)
+    family_step(link, tensors)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    grad = family_step(link, tensors)[1]
+    torch.cuda.synchronize()
+    extra = torch.cuda.max_memory_allocated() - before - grad.nbytes
+    assert extra < max(4, cases.FAMILIES[link].members) * 16 * 1024

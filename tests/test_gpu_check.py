@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import gpu_check
+from cases import FAMILIES
 from conftest import NEEDS
 from gpu_check import Command, Where, check
 
@@ -138,6 +139,9 @@ def test_a_dry_run_where_little_is_installed(
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
         assert {row[key] for row in rows} >= names
+        assert {row["link"] for row in rows} >= (
+            {"mapo", *FAMILIES} if key == "provider" else {"mapo"}
+        )
         assert {row["git"] for row in rows} == {""}
         assert all(row["source"] for row in rows)
     assert len(list(tmp_path.iterdir())) == 4
@@ -244,6 +248,24 @@ gpu_check.main(["--dry_run", "--output_dir", {str(tmp_path)!r}])
     assert process.wait(60) == 128 + signal.SIGTERM
     assert ended(tmp_path) == {"long": "INTERRUPTED"}
     assert is_gone(int(pids.read_text()))
+
+
+def test_steps_name_test_files_that_are_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And the checkers run tests of single samples, of lists and of more sums."""
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name, path: name)
+    for step in (gpu_check.tests, gpu_check.sanitizers):
+        words = step(Where(tmp_path))[0].words
+        assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
+    selection = [*words[words.index("--bare") :], "--collect-only", "-q"]
+    command = [sys.executable, "-m", "pytest", *selection]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:]
+    for link in ("kto", "rankdpo_4", "dspo"):
+        assert f"test_published_and_fused_agree[{link}-dtypes0]" in result.stdout
+    assert "dtypes1" not in result.stdout
+    assert "test_shapes[" in result.stdout
 
 
 def test_all_steps_together_end_in_twenty_minutes(
