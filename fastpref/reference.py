@@ -147,10 +147,10 @@ def _link_in_floats(
     loss, slope_w, slope_l, margin = zip(*made, strict=True)
     new = functools.partial(torch.tensor, dtype=errors.dtype, device=errors.device)
     share = 1.0 / n_pairs if options.reduction == "mean" else 1.0
-    slopes = (slope_l, slope_w) if batch.swap else (slope_w, slope_l)
-    rows = new([*slopes, margin])
+    each = (slope_l, slope_w) if batch.swap else (slope_w, slope_l)
+    rows = new([*([share * slope for slope in slopes] for slopes in each), margin])
     total = new(loss if options.reduction == "none" else sum(loss) * share)
-    return total, rows[:2].mul_(share)[None], rows[2]
+    return total, rows[None, :2], rows[2]
 
 
 def _per_pair(scalar: Scalar, n_pairs: int) -> list[float]:
