@@ -217,7 +217,10 @@ def test_choice_of_a_setting() -> None:
 
 def test_the_trials_in_the_repository_are_those_of_the_methods() -> None:
     best = choose(read_trials())
-    assert {(style, name) for style in ("none", "thick", "invert") for name in MAIN} <= set(best)
+    everywhere = [*MAIN, "KTO", "RankDPO", "DSPO"]
+    for style in ("none", "thick", "invert"):
+        assert {(style, name) for name in everywhere} <= set(best)
+    assert {("invert", name) for name in METHODS} <= set(best)
 
 
 GOOD: dict[str, Any] = {"joint": 0.9, "digit": 0.9, "frechet": 40.0, "floor": 15.0}
