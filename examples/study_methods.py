@@ -31,19 +31,50 @@ class Rewards(NamedTuple):
     l: Tensor
 
 
+Output = fastpref.LossOutput | fastpref.SampleOutput
+
+
 class Method(NamedTuple):
     """A loss of fastpref as the study calls it."""
 
-    loss: Callable[..., fastpref.LossOutput]
+    loss: Callable[..., Output]
     settings: list[Setting]
     needs_ref: bool = True
     fixed: Mapping[str, Any] = MappingProxyType({})
     from_rewards: Callable[[Rewards], dict[str, Tensor]] | None = None
+    group: int = 2  # images that the loss takes together: 1 is unpaired, 2 a pair, 4 a list
+    fits_winner: bool = False  # it also lowers the winner's error for its own sake
 
     @property
     def is_dpo(self) -> bool:
         """It compares with a reference, and nothing else holds the winner."""
-        return self.needs_ref and "sft_weight" not in self.fixed
+        return self.needs_ref and not self.fits_winner
+
+    def call(self, rewards: Rewards, *tensors: Tensor, **knobs: Any) -> Output:
+        """The loss of predictions, target and, where it needs them, the reference's predictions.
+
+        Rows are B winners, then B losers; a list is the images of pairs i and B / 2 + i.
+        """
+        if self.group > 2:
+            tensors = tuple(_by_list(tensor, self.group) for tensor in tensors)
+        if self.from_rewards:
+            knobs |= self.from_rewards(rewards)
+        return self.loss(*tensors, **self.fixed, **knobs)
+
+    def metrics(self, out: Output) -> dict[str, Tensor]:
+        """Those of a loss on pairs, whatever the loss: errors of winners and losers apart."""
+        if isinstance(out, fastpref.LossOutput):
+            return out.metrics()
+        means = {}
+        for prefix, errors in (("", out.errors), ("ref_", out.ref_errors)):
+            sides = errors.reshape(-1, self.group).T.reshape(2, -1)  # winners, losers
+            means[f"{prefix}mse_w"], means[f"{prefix}mse_l"] = sides.mean(1).unbind()
+        return out.metrics() | means
+
+
+def _by_list(rows: Tensor, k: int) -> Tensor:
+    """The k images of a list in rows that follow one another, the winners first."""
+    return rows.unflatten(0, (k, -1)).transpose(0, 1).flatten(0, 1)
 
 
 def points(name: str, *pairs: tuple[float, float]) -> list[Setting]:
@@ -52,6 +83,8 @@ def points(name: str, *pairs: tuple[float, float]) -> list[Setting]:
 
 
 DPO = points("beta", (4e-5, 5000), (4e-5, 20000), (2e-4, 500), (1e-3, 50))
+# The same strength, of losses that fold no 1/2 into beta.
+UNFOLDED = points("beta", (4e-5, 2500), (4e-5, 10000), (2e-4, 250), (1e-3, 25))
 # Of losses that aim for a gap of 1 / (2 beta) in the errors.
 SQUARED = points("beta", (4e-5, 5), (4e-5, 50), (2e-4, 50), (1e-3, 5))
 
@@ -68,9 +101,27 @@ def seppo_sign(rewards: Rewards) -> dict[str, Tensor]:
     return {"sign": torch.where(rewards.l < 0.5, 1.0, -1.0)}
 
 
+def kto_label(rewards: Rewards) -> dict[str, Tensor]:
+    return {"label": torch.cat([torch.ones_like(rewards.w), torch.zeros_like(rewards.l)])}
+
+
+def rankdpo_score(rewards: Rewards) -> dict[str, Tensor]:
+    """The judge's probability itself: where it hardly prefers one image, little is to be learned.
+
+    `fastpref.preferences.win_fractions` of a single judge would set a digit of .999 as far above
+    one of .998 as above one of .002.
+    """
+    return {"score": _by_list(torch.cat(rewards), 4).view(-1, 4)}
+
+
 # The five that `make study` compares in every style.
 MAIN: dict[str, Method] = {
-    "SFT": Method(fastpref.sft_loss, [{"lr": lr} for lr in (1e-4, 4e-4, 1.5e-3, 3e-3)], False),
+    "SFT": Method(
+        fastpref.sft_loss,
+        [{"lr": lr} for lr in (1e-4, 4e-4, 1.5e-3, 3e-3)],
+        False,
+        fixed={"paired": True},
+    ),
     "MaPO": Method(
         fastpref.mapo_loss,
         points("num_train_timesteps", (1e-4, 100), (4e-4, 100), (4e-4, 1000), (2e-3, 1000)),
@@ -81,6 +132,7 @@ MAIN: dict[str, Method] = {
         fastpref.dpo_loss,
         points("beta", (1e-4, 50), (1e-4, 500), (4e-4, 50), (2e-3, 500)),
         fixed={"sft_weight": 10.0},
+        fits_winner=True,
     ),
     "margin only": Method(
         fastpref.mapo_loss,
@@ -95,8 +147,8 @@ def _of_type(loss_type: str, settings: list[Setting] = DPO, **fixed: float) -> M
     return Method(fastpref.dpo_loss, settings, fixed={"loss_type": loss_type, **fixed})
 
 
-# All other losses on pairs that make a better model by themselves. `npo_loss` and `self_npo_loss`
-# make a worse one, for the other end of guidance, and are not here.
+# Other losses that make a better model by themselves: on pairs, on unpaired images, and on lists.
+# `npo_loss` and `self_npo_loss` make a worse one, for the other end of guidance, and are not here.
 OTHERS: dict[str, Method] = {
     "IPO": _of_type("ipo", SQUARED),
     "hinge": _of_type("hinge"),
@@ -125,6 +177,14 @@ OTHERS: dict[str, Method] = {
         fastpref.orpo_loss,
         points("logit_scale", (1e-4, 100), (4e-4, 100), (4e-4, 1000), (2e-3, 1000)),
         False,
+    ),
+    "KTO": Method(fastpref.kto_loss, UNFOLDED, from_rewards=kto_label, group=1),
+    "RankDPO": Method(fastpref.rankdpo_loss, UNFOLDED, from_rewards=rankdpo_score, group=4),
+    # SFT's learning rates; both ends of the published range of beta, and ten times more.
+    "DSPO": Method(
+        fastpref.dspo_loss,
+        points("beta", (1e-4, 0.05), (1.5e-3, 0.001), (1.5e-3, 0.5), (3e-3, 0.05)),
+        fits_winner=True,
     ),
 }
 METHODS = MAIN | OTHERS

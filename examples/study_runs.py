@@ -1,7 +1,8 @@
 """Knows one run of the study: a copy of the base model aligned by one method, and what came of it.
 
 Every run of a seed sees the same pairs, timesteps and noise, and every model is judged on the same
-1,000 noises: methods differ in nothing but the loss and its setting.
+1,000 noises: methods differ in nothing but the loss and its setting. Losses that are not on pairs
+see as many images, half of them winners; `draw` says what they share with the others.
 """
 
 from __future__ import annotations
@@ -149,6 +150,31 @@ def load_world(folder: Path, base_steps: int, judge_steps: int, device: str) -> 
     )
 
 
+def draw(
+    labels: Tensor, group: int, generator: torch.Generator, more: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs of a step, (PAIRS,), and the timesteps and noise of their 2 * PAIRS images.
+
+    The images of a pair share both (group 2). Unpaired images (1) have their own; the winners' are
+    those that the pairs have. A list (4) is two pairs of one digit, as RankDPO has it at one
+    timestep, with noise of each image; its first pair and its timestep are those of one of the
+    first PAIRS / 2 pairs. What pairs do not need comes from `more`.
+    """
+    chosen = torch.randint(len(labels), (PAIRS,), generator=generator)
+    timesteps = torch.randint(NUM_TRAIN_TIMESTEPS, (PAIRS,), generator=generator)
+    noise = torch.randn(PAIRS, 1, SIZE, SIZE, generator=generator)
+    if group == 2:
+        return chosen, timesteps.repeat(2), noise.repeat(2, 1, 1, 1)
+    noise = torch.cat([noise, torch.randn(noise.shape, generator=more)])
+    if group == 1:
+        others = torch.randint(NUM_TRAIN_TIMESTEPS, (PAIRS,), generator=more)
+        return chosen, torch.cat([timesteps, others]), noise
+    first, timesteps = chosen[: PAIRS // 2], timesteps[: PAIRS // 2]
+    others = (labels == labels[first, None]).float().scatter(1, first[:, None], 0.0)
+    second = torch.multinomial(others, 1, generator=more)[:, 0]
+    return torch.cat([first, second]), timesteps.repeat(4), noise
+
+
 def align(world: World, run: Run) -> tuple[UNet, list[dict[str, float]]]:
     """Train a copy of the base model on preferences; its metrics are those of `LossOutput`.
 
@@ -168,25 +194,23 @@ def align(world: World, run: Run) -> tuple[UNet, list[dict[str, float]]]:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / WARMUP, (run.steps - i) / max(1, run.steps - WARMUP))
     )
-    generator = torch.Generator().manual_seed(run.seed)
+    generators = [torch.Generator().manual_seed(run.seed + extra) for extra in (0, 1000)]
+    digits = labels.cpu()
     history = []
     for step in range(1, run.steps + 1):
-        chosen = torch.randint(len(labels), (PAIRS,), generator=generator).to(device)
-        timesteps = torch.randint(NUM_TRAIN_TIMESTEPS, (PAIRS,), generator=generator).to(device)
-        noise = torch.randn(PAIRS, 1, SIZE, SIZE, generator=generator).to(device)
-        images = torch.cat([winners[chosen], losers[chosen]])
-        t, shown = timesteps.repeat(2), labels[chosen].repeat(2)
-        noisy = add_noise(images, noise.repeat(2, 1, 1, 1), t)
+        drawn = draw(digits, method.group, *generators)
+        chosen, t, noise = (tensor.to(device) for tensor in drawn)
+        images, shown = torch.cat([winners[chosen], losers[chosen]]), labels[chosen].repeat(2)
+        noisy = add_noise(images, noise, t)
         predictions = [model(noisy, t, shown)]
         if method.needs_ref:
             predictions.append(world.base(noisy, t, shown))
-        arguments = {**method.fixed, **knobs, "impl": run.impl}
-        if method.from_rewards:
-            arguments |= method.from_rewards(Rewards(rewards.w[chosen], rewards.l[chosen]))
-        out = method.loss(predictions[0], noise, *predictions[1:], **arguments)
+        judged = Rewards(rewards.w[chosen], rewards.l[chosen])
+        tensors = (predictions[0], noise, *predictions[1:])
+        out = method.call(judged, *tensors, **knobs, impl=run.impl)
         out.loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        history.append({"step": step, "lr": schedule.get_last_lr()[0], **out.metrics()})
+        history.append({"step": step, "lr": schedule.get_last_lr()[0], **method.metrics(out)})
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

@@ -15,7 +15,7 @@ from digit_judge import frechet, spread
 from digits import ALPHAS, STYLES, Digits, add_noise, load_splits, restyle
 from study_checks import check, report
 from study_methods import MAIN, METHODS, TRIALS, Rewards, choose, describe, read_trials
-from study_runs import Run, World, align, execute, load_world, make_base, make_judge
+from study_runs import Run, World, align, draw, execute, load_world, make_base, make_judge
 
 SMALL: dict[str, Any] = {"steps": 30, "samples": 60, "base_steps": 80, "judge_steps": 60}
 MAPO = {"lr": 2e-3, "num_train_timesteps": 100.0}
@@ -60,7 +60,7 @@ def test_the_study_in_small(folder: Path, world: World) -> None:
     assert again == pytest.approx(result | {"seconds": again["seconds"]})
 
 
-@pytest.mark.parametrize("method", ["MaPO", "DPO+winner"])
+@pytest.mark.parametrize("method", ["MaPO", "DPO+winner", "KTO", "RankDPO", "DSPO"])
 def test_fused_and_plain_losses_give_the_same_curves(
     folder: Path, device: torch.device, method: str
 ) -> None:
@@ -88,6 +88,45 @@ def test_methods_of_a_seed_see_the_same(world: World) -> None:
     assert first["DPO"]["ref_mse_w"] == pytest.approx(first["DPO"]["mse_w"])
 
 
+def test_unpaired_images_and_lists_are_drawn_from_the_pairs() -> None:
+    labels = load_splits().train.labels
+
+    def drawn(group: int) -> tuple[torch.Tensor, ...]:
+        return draw(labels, group, *(torch.Generator().manual_seed(seed) for seed in (3, 1003)))
+
+    chosen, timesteps, noise = drawn(2)
+    assert torch.equal(timesteps[:32], timesteps[32:])
+    assert torch.equal(noise[:32], noise[32:])
+
+    same, own, noises = drawn(1)
+    assert torch.equal(same, chosen)
+    assert torch.equal(own[:32], timesteps[:32])
+    assert torch.equal(noises[:32], noise[:32])
+    assert (own[32:] != own[:32]).sum() > 24
+    assert len(noises.flatten(1).unique(dim=0)) == 64
+
+    lists, shared, noises = drawn(4)
+    first, second = lists.view(2, 16)
+    assert torch.equal(first, chosen[:16])
+    assert torch.equal(labels[second], labels[first])
+    assert not (first == second).any()
+    assert torch.equal(shared.view(4, 16), timesteps[:16].expand(4, 16))
+    assert len(noises.flatten(1).unique(dim=0)) == 64
+
+
+def test_a_list_is_two_winners_and_their_losers() -> None:
+    """RankDPO gets rows list by list, and the judge's scores in the same order."""
+    seen: dict[str, list[float]] = {}
+
+    def loss(*tensors: torch.Tensor, **knobs: Any) -> Any:
+        seen.update(rows=tensors[0].tolist(), score=knobs["score"].flatten().tolist())
+
+    method = METHODS["RankDPO"]._replace(loss=loss)
+    rewards = Rewards(torch.arange(4.0), torch.arange(4.0, 8.0))
+    method.call(rewards, torch.cat(rewards))
+    assert seen["rows"] == seen["score"] == [0, 2, 4, 6, 1, 3, 5, 7]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_prefers_the_winner(name: str) -> None:
     """A small step down each loss's gradient raises the loser's error against the winner's."""
@@ -96,20 +135,23 @@ def test_every_method_prefers_the_winner(name: str) -> None:
     assert len({describe(setting) for setting in method.settings}) == TRIALS
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(4, 1, 16, 16, generator=generator)
-    pred = noise.repeat(2, 1, 1, 1) + 0.2 * torch.randn(8, 1, 16, 16, generator=generator)
+    target = noise.repeat(2, 1, 1, 1)
+    pred = target + 0.2 * torch.randn(8, 1, 16, 16, generator=generator)
     for setting in method.settings:
         pred = pred.detach().requires_grad_(True)
-        knobs = {k: v for k, v in setting.items() if k != "lr"} | dict(method.fixed)
-        if method.from_rewards:
-            knobs |= method.from_rewards(Rewards(torch.full((4,), 0.9), torch.full((4,), 0.1)))
+        knobs = {k: v for k, v in setting.items() if k != "lr"}
+        rewards = Rewards(torch.full((4,), 0.9), torch.full((4,), 0.1))
         refs = [pred.detach()] if method.needs_ref else []
-        out = method.loss(pred, noise, *refs, impl="torch", **knobs)
+        out = method.call(rewards, pred, target, *refs, impl="torch", **knobs)
         out.loss.backward()
         assert pred.grad is not None
         moved = pred.detach() - 1e-3 / pred.grad.abs().max() * pred.grad
-        w, l = (moved - noise.repeat(2, 1, 1, 1)).square().flatten(1).mean(1).chunk(2)
-        gap = (l - w) - (out.mse_l - out.mse_w)
-        assert (gap > 0).all(), setting
+        w, l = (pred.detach() - target).square().flatten(1).mean(1).chunk(2)
+        new_w, new_l = (moved - target).square().flatten(1).mean(1).chunk(2)
+        assert (new_l - new_w > l - w).all(), setting
+        metrics = method.metrics(out)
+        assert metrics["mse_w"] == pytest.approx(float(w.mean()))
+        assert metrics["mse_l"] == pytest.approx(float(l.mean()))
 
 
 def test_styles() -> None:
@@ -175,7 +217,10 @@ def test_choice_of_a_setting() -> None:
 
 def test_the_trials_in_the_repository_are_those_of_the_methods() -> None:
     best = choose(read_trials())
-    assert {(style, name) for style in ("none", "thick", "invert") for name in MAIN} <= set(best)
+    everywhere = [*MAIN, "KTO", "RankDPO", "DSPO"]
+    for style in ("none", "thick", "invert"):
+        assert {(style, name) for name in everywhere} <= set(best)
+    assert {("invert", name) for name in METHODS} <= set(best)
 
 
 GOOD: dict[str, Any] = {"joint": 0.9, "digit": 0.9, "frechet": 40.0, "floor": 15.0}
