@@ -221,16 +221,17 @@ def _whole(
 
 def _lengths(value: Any, n_groups: int, members: int) -> Tensor:
     lengths = plain("lengths", value)
-    if lengths.dtype not in (torch.int32, torch.int64) or lengths.shape != (n_groups,):
+    integers = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    if lengths.dtype not in integers or lengths.shape != (n_groups,):
         raise ValueError(
-            f"lengths is a {lengths.dtype} tensor of shape {tuple(lengths.shape)}; expected int64 "
-            f"or int32 of shape ({n_groups},), how many of its {members} rows each list has"
+            f"lengths is a {lengths.dtype} tensor of shape {tuple(lengths.shape)}; expected "
+            f"integers of shape ({n_groups},), how many of its {members} rows each list has"
         )
     if readable(lengths):
         outside = [n for n in lengths.tolist() if not 0 <= n <= members]
         if outside:
             raise ValueError(f"lengths contains {outside[0]}; expected numbers in [0, {members}]")
-    return lengths
+    return lengths.contiguous()  # the kernels take no stride of it
 
 
 def check_errors(

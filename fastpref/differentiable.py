@@ -78,7 +78,7 @@ def sums_differentiably(
     if not options.cross:
         return kinds, None
     constants = [side._replace(pred=side.pred.detach()) for side in sides]
-    return kinds, cross_of(constants, options.error_reduction, dtype)
+    return kinds, cross_of(constants, options.error_reduction, dtype, batch.swap)
 
 
 class Live(NamedTuple):

@@ -18,7 +18,16 @@ from .context import no_autocast, transformed
 from .differentiable import gate
 from .linked import of_pairs, reduced
 from .outputs import LossOutput
-from .scalars import ANCHOR, check_guard, check_heat, check_huber, check_scalar, check_scalars
+from .scalars import (
+    ANCHOR,
+    NAMES,
+    check_guard,
+    check_heat,
+    check_huber,
+    check_scalar,
+    check_scalars,
+    unexpected,
+)
 from .sums import Options, cast
 
 Reduction: TypeAlias = Literal["mean", "sum", "none", "dro"]
@@ -170,16 +179,18 @@ def pair_loss(
             min(1, (1 - mu) err_w / cross), cross = mean (pred_w - target_w) (pred_l - target_l),
             and 1 where cross is not above 0 (arXiv:2511.03317; github.com/AIDC-AI/Diffusion-SDPO,
             train.py, without its 1e-9). Only for errors that are squares.
-        safeguard_over: "batch" takes both sums over the batch, as published, and so depends on its
-            size; "pair" is ours.
+        safeguard_over: "batch" takes both sums over the batch's pairs (of pair_weight above 0), as
+            published, so that the factor depends on who else is in it; "pair", which is not in the
+            paper, has a factor for each pair.
         anchor_weight: weight of the mean squared difference of model_pred and ref_pred (its sum,
             where error_reduction is), which it needs, and which a loss without a reference then
             takes for this alone. The loser's share of its gradient is not scaled.
         error_reduction: "mean" or "sum" over the elements of a sample; beta depends on it.
         reduction: "mean" or "sum" over pairs, "none" for one loss a pair, or "dro" for
             T log(mean(exp(loss / T))), robust optimisation under a shift of the distribution
-            (DoRA, arXiv:2504.05831): pairs of high loss count for more. Its weight of each pair is
-            pair_weight. Of a batch of one it is the loss.
+            (DoRA, arXiv:2504.05831): pairs of high loss count for more. pair_weight multiplies the
+            loss inside the exponential, so a pair of weight 0 counts as one of loss 0, and has no
+            gradient. Of a batch of one it is the loss.
         dro_temperature: T; the higher, the nearer to the mean.
         impl: "auto" runs the Triton kernels on GPU tensors where Triton is there, and otherwise
             PyTorch; "triton" and "torch" run just that, or raise.
@@ -223,7 +234,8 @@ def pair_loss(
         if anchor_weight is not None:
             if ref_pred is None:
                 raise ValueError(
-                    "anchor_weight was given, but ref_pred, which it needs, is missing"
+                    "anchor_weight was given, but ref_pred, which it needs, is missing; losses "
+                    f"without a reference take both by pair_loss(..., link={chosen.name!r})"
                 )
             anchor_weight = check_scalar("anchor_weight", anchor_weight, ANCHOR, n_pairs, device)
         if safeguard is not None and huber is not None:
@@ -267,6 +279,10 @@ def losses_from_errors(
     All else is as in `pair_loss`. In PyTorch, on any device: (B,) numbers need no kernel of ours.
     """
     chosen = _check_options(link, reduction)
+    accepted = [*chosen.hyper, *NAMES, "sample_weight", "swap", "loser_gradient_scale"]
+    if unknown := [name for name in scalars if name not in accepted]:
+        accepted += ["reduction", "dro_temperature"]
+        raise TypeError(unexpected("losses_from_errors", unknown, accepted))
     if gap is not None and ref_mse is not None:
         raise ValueError("ref_mse and gap were both given; expected only one of them")
     operand, ref, n_pairs = check_errors(mse, ref_mse, gap)

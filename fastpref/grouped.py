@@ -178,6 +178,8 @@ def _run(
 
 def _number(name: str, value: Any, hyper: Hyper, n: int, device: torch.device) -> Scalar:
     if hyper is not LABEL:
+        if isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex():
+            value = value.float()  # integer scores
         return check_scalar(name, value, hyper, n, device)
     label = plain(name, value)
     if label.shape != (n,) or label.is_complex():

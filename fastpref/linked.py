@@ -67,6 +67,11 @@ def _guard(options: Options, err_w: Tensor, cross: Tensor | None) -> Any:
     assert cross is not None
     err_w, cross = err_w.detach(), cross.detach()
     if around.guard == "batch":
+        weight: Any = around.weight
+        if isinstance(options.link, Link) and len(options.scalars) > len(options.link.hyper):
+            weight = options.scalars[len(options.link.hyper) + 2]  # pair_weight
+        if isinstance(weight, Tensor):
+            err_w, cross = (torch.where(weight == 0, 0.0, each) for each in (err_w, cross))
         err_w, cross = err_w.sum(), cross.sum()
     return safeguard_in_torch(err_w, cross, around.guard_number)
 

@@ -68,10 +68,13 @@ class LossModule(nn.Module):
         function, options = type(self).function, dict(self.options)
         if options.get("impl") in ("auto", "triton"):  # it may run on another machine than this
             options["impl"] = "torch"
-        if isinstance(options.get("mask"), Tensor | tuple):  # its shape is that of the step
-            del options["mask"]
+        for name in ("mask", "huber_c"):  # their shape may be that of the step
+            if isinstance(options.get(name), Tensor | tuple | list):
+                del options[name]
         flat = [
-            v for value in options.values() for v in (value if type(value) is tuple else [value])
+            v
+            for value in options.values()
+            for v in (value if isinstance(value, tuple | list) else [value])
         ]
         tensors = [value for value in flat if isinstance(value, Tensor)]
         n_groups = min((len(value) for value in tensors if value.dim()), default=1)

@@ -115,12 +115,14 @@ class _Errors(torch.autograd.Function):
         ctx: Any, pred: Tensor, pred_l: Tensor | None, batch: Batch, options: Options
     ) -> tuple[Tensor, ...]:
         _, target, ref, mask, *_ = batch
-        ctx.link, ctx.huber_c = options.link, options.huber_c
+        huber = options.huber_c
+        ctx.link, ctx.huber_c = options.link, None if isinstance(huber, Tensor) else huber
         _, stats = launch.pair_forward(
-            ctx.link, (), (pred, pred_l), target, ref, mask, False, ctx.huber_c, "none",
+            ctx.link, (), (pred, pred_l), target, ref, mask, False, huber, "none",
             options.error_reduction,
         )  # fmt: skip
-        ctx.save_for_backward(stats, pred, pred_l, *target, *mask)
+        huber_t = huber if isinstance(huber, Tensor) else None
+        ctx.save_for_backward(stats, huber_t, pred, pred_l, *target, *mask)
         ctx.set_materialize_grads(False)
         found = (stats[:2].clone(), *([stats[2:4].clone()] if ref[0] is not None else []))
         return found
@@ -131,12 +133,13 @@ class _Errors(torch.autograd.Function):
         if not given:
             return (None,) * 4
         total = given[0] if len(given) == 1 else given[0] + given[1]
-        stats, pred, pred_l, target, target_l, mask, mask_l = ctx.saved_tensors
+        stats, huber_t, pred, pred_l, target, target_l, mask, mask_l = ctx.saved_tensors
+        huber = ctx.huber_c if huber_t is None else huber_t
 
         def run(total: Tensor) -> list[Tensor]:
             made = launch.pair_backward(
                 plain("grad_outputs", total.contiguous()), stats, (pred, pred_l),
-                (target, target_l), (mask, mask_l), ctx.huber_c, ctx.needs_input_grad[:2], ctx.link,
+                (target, target_l), (mask, mask_l), huber, ctx.needs_input_grad[:2], ctx.link,
             )  # fmt: skip
             return [grad for grad in made if grad is not None]
 

@@ -81,7 +81,9 @@ class _ClosedForm(torch.autograd.Function):
         dtype = torch.float64 if batch.is_fp64 else torch.float32
         sides = sides_of(batch, options.huber_c)
         kinds = of_members([_sums(side, options, dtype) for side in sides])
-        cross = cross_of(sides, options.error_reduction, dtype) if options.cross else None
+        cross = None
+        if options.cross:
+            cross = cross_of(sides, options.error_reduction, dtype, batch.swap)
         if _in_floats(batch, options):
             loss, factors, margin = _link_in_floats(batch, options, kinds)
         else:
@@ -94,7 +96,8 @@ class _ClosedForm(torch.autograd.Function):
         ctx.factors = factors
         ctx.rest, ctx.options = batch[4:], options
         # The constants are for autograd to see if somebody changes them.
-        ctx.save_for_backward(pred, pred_l, *batch.target, *batch.ref, *batch.mask)
+        huber_t = options.huber_c if isinstance(options.huber_c, Tensor) else None
+        ctx.save_for_backward(huber_t, pred, pred_l, *batch.target, *batch.ref, *batch.mask)
         ctx.mark_non_differentiable(made)
         ctx.set_materialize_grads(False)
         return loss, made
@@ -106,7 +109,7 @@ class _ClosedForm(torch.autograd.Function):
         if grad_loss._is_zerotensor():  # it has no memory
             grad_loss = grad_loss.clone()
         needed = ctx.needs_input_grad[:2]
-        saved = ctx.saved_tensors
+        saved = ctx.saved_tensors[1:]
         batch = Batch(saved[:2], saved[2:4], saved[4:6], saved[6:], *ctx.rest)
         with no_autocast(batch.device):
             if (
@@ -195,13 +198,13 @@ def _closed_form(
         diff = _off(cast.pred, cast.target, side.mask)
         if options.huber_c is not None:
             diff = over(diff, root(diff, side.huber_c))
-        made = _product(factor, diff)
+        made = _product(factor, diff if side.mask is None else side.mask * diff)
         if drift:
             assert cast.ref is not None
             factor = broadcast(_scaled(drift[0], side, options, 2.0), rows)
             moved = _off(cast.pred, cast.ref, side.mask)
-            made = made + _product(factor, moved)
-        rows.copy_(made if side.mask is None else side.mask * made)
+            made = made + _product(factor, moved if side.mask is None else side.mask * moved)
+        rows.copy_(made)
     return grads
 
 
@@ -226,7 +229,8 @@ def _scaled(factor: Tensor, side: Side, options: Options, scale: float) -> Tenso
     if side.mask is None:
         return factor * (scale / side.pred[0, 0].numel())
     size = mask_size(side, factor.dtype)
-    return torch.where(size == 0, 0.0, factor * scale) / torch.where(size == 0, 1.0, size)
+    none = (size == 0) | (factor == 0)  # a mask of what a list does not have may be NaN
+    return torch.where(none, 0.0, factor * scale) / torch.where(none, 1.0, size)
 
 
 def _off(a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from fastpref_kernels.links import NOT_NEGATIVE, POSITIVE, UNIT, Hyper
 from .batch import Scalar, plain
 from .context import readable
 
-_NAMES = {key: key for key in KNOBS if not key.startswith("sample_weight")}  # which comes apart
+NAMES = {key: key for key in KNOBS if not key.startswith("sample_weight")}  # which comes apart
 _OTHERS = (
     "sample_weight", "mask", "huber_c", "swap", "loser_gradient_scale", "safeguard",
     "safeguard_over", "anchor_weight", "error_reduction", "reduction", "dro_temperature", "impl",
@@ -65,15 +65,15 @@ def _check(
     if given.keys() <= link.hyper.keys() and sample_weight is None and not link.knobs:
         return scalars
     rest = {key: value for key, value in given.items() if key not in link.hyper}
-    if unknown := sorted(rest.keys() - _NAMES.keys()):
-        accepted = [*link.hyper, *_NAMES, *_OTHERS]
+    if unknown := sorted(rest.keys() - NAMES.keys()):
+        accepted = [*link.hyper, *NAMES, *_OTHERS]
         raise TypeError(unexpected(f"loss {link.name!r}", unknown, accepted))
     rest = {**link.knobs, **{key: value for key, value in rest.items() if value is not None}}
     if sample_weight is not None:
         rest |= _of_samples(sample_weight, n_pairs, swap)
     neutral = {key: link.sft_weight if key == "sft_weight" else KNOBS[key].default for key in KNOBS}
     for key, value in rest.items():
-        spoken = _NAMES.get(key, "sample_weight")
+        spoken = NAMES.get(key, "sample_weight")
         rest[key] = check_scalar(spoken, value, KNOBS[key], n_pairs, device)
     if all(not isinstance(v, Tensor) and v == neutral[key] for key, v in rest.items()):
         return scalars

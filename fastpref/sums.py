@@ -159,10 +159,12 @@ def gaps(moved: Tensor, diff: Tensor, diff_ref: Tensor, huber_c: Any) -> Tensor:
     return gaps if huber_c is None else over(gaps, root(diff, huber_c) + root(diff_ref, huber_c))
 
 
-def cross_of(sides: Sequence[Side], error_reduction: str, dtype: torch.dtype) -> Tensor:
+def cross_of(sides: Sequence[Side], error_reduction: str, dtype: torch.dtype, swap: bool) -> Tensor:
     """(B,) of pairs: the mean product of what both predictions are off their targets, which both
     masks weigh, over the loser's size."""
     first, last = sides if len(sides) == 2 else (_member(sides[0], 0), _member(sides[0], 1))
+    if swap:
+        first, last = last, first
     first, last = cast_side(first, dtype), cast_side(last, dtype)
     product = (first.pred - first.target) * (last.pred - last.target)
     if first.mask is None or last.mask is None:

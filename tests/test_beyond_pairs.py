@@ -1617,3 +1617,107 @@ def test_metrics_of_lists_are_means_over_the_rows_there_are() -> None:
     torch.testing.assert_close(out.metrics()["error"], of_there)
     of_ref = (ref - target).square().mean(1)[there].mean()
     torch.testing.assert_close(out.metrics()["drop"], of_there - of_ref)
+
+
+@each_impl
+@pytest.mark.parametrize("function", ["rankdpo_loss", "plackett_luce_loss"])
+def test_lengths_that_are_a_column(function: str, impl: Any) -> None:
+    pred, target, ref = torch.randn(3, 12, 5)
+    lengths, score = torch.tensor([[4, 1], [2, 1], [3, 0]])[:, 0], torch.rand(3, 4)
+
+    def of(lengths: Tensor) -> Tensor:
+        loss = getattr(fastpref, function)
+        out = loss(pred, target, ref, score, lengths=lengths, beta=10.0, impl=impl)
+        return out.loss  # type: ignore[no-any-return]
+
+    assert torch.equal(of(lengths), of(lengths.contiguous()))
+    assert torch.equal(of(lengths.to(torch.uint8)), of(lengths.contiguous()))
+
+
+def against(pairs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs whose losers' gradients go against their winners'."""
+    pred, target, drift = torch.randn(3, 2 * pairs, 8, generator=torch.Generator().manual_seed(0))
+    target[pairs:] = pred[pairs:] - 1.5 * (pred[:pairs] - target[:pairs])
+    return pred, target, pred + 0.1 * drift
+
+
+def exchanged(pairs: Tensor) -> Tensor:
+    return pairs.roll(len(pairs) // 2, 0)
+
+
+@each_impl
+@pytest.mark.parametrize("over", ["batch", "pair"])
+def test_a_safeguard_of_swapped_labels_is_that_of_exchanged_pairs(over: str, impl: Any) -> None:
+    """With masks of different sizes."""
+    pred, target, ref = against(2)
+    mask = torch.ones(4, 8)
+    mask[:2, 2:] = 0
+    options: dict[str, Any] = {"beta": 2.0, "safeguard": 0.5, "safeguard_over": over, "impl": impl}
+    leaf, other = pred.clone().requires_grad_(), exchanged(pred).requires_grad_()
+    out = fastpref.dpo_loss(leaf, target, ref, mask=mask, swap=True, **options)
+    given = (exchanged(each) for each in (target, ref))
+    by_hand = fastpref.dpo_loss(other, *given, mask=exchanged(mask), **options)
+    (grad,), (wanted,) = (
+        torch.autograd.grad(o.loss, x) for o, x in ((out, leaf), (by_hand, other))
+    )
+    torch.testing.assert_close(grad, exchanged(wanted))
+
+
+@each_impl
+@pytest.mark.parametrize("function", ["dpo_loss", "dspo_loss"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
+def test_a_pair_of_weight_0_is_not_in_the_safeguards_sums(
+    function: str, bad: float, impl: Any
+) -> None:
+    pred, target, ref = against(3)
+    options = {"beta": 2.0, "safeguard": 0.9, "pair_weight": torch.tensor([0.0, 1.0, 1.0])}
+    grads = []
+    for value in (0.3, bad):
+        leaf = pred.clone()
+        leaf[0] = value
+        leaf.requires_grad_()
+        loss = getattr(fastpref, function)(leaf, target, ref, impl=impl, **options).loss
+        grads.append(torch.autograd.grad(loss, leaf)[0])
+    assert grads[1].isfinite().all()
+    torch.testing.assert_close(grads[1][[1, 2, 4, 5]], grads[0][[1, 2, 4, 5]])
+
+
+@each_impl
+def test_a_mask_of_padding_may_be_anything(impl: Any) -> None:
+    pred, target, ref = torch.randn(3, 6, 8)
+    mask = torch.ones(6, 8)
+    mask[5] = math.nan
+    leaf = pred.requires_grad_()
+    loss = fastpref.rankdpo_loss(
+        leaf, target, ref, torch.rand(2, 3), mask=mask, lengths=torch.tensor([3, 2]), impl=impl
+    ).loss
+    (grad,) = torch.autograd.grad(loss, leaf)
+    assert grad.isfinite().all()
+    assert (grad[5] == 0).all()
+
+
+@pytest.mark.parametrize(("function", "impl"), [
+    ("dpo_loss", "torch"), ("dpo_loss", "triton"), ("pair_errors", "triton")
+])  # fmt: skip
+def test_a_huber_c_that_changed_before_backward_is_noticed(function: str, impl: Any) -> None:
+    pred, target, ref = torch.randn(3, 6, 8)
+    huber_c = torch.full((6,), 0.1)
+    leaf = pred.requires_grad_()
+    found = getattr(fastpref, function)(leaf, target, ref, huber_c=huber_c, impl=impl)
+    huber_c.fill_(5.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(found[0].sum(), leaf)
+
+
+def test_what_losses_from_errors_does_not_take_is_not_among_what_it_accepts() -> None:
+    with pytest.raises(TypeError, match="unexpected argument safeguard") as caught:
+        fastpref.losses_from_errors(torch.rand(6), link="mapo", safeguard=0.5)
+    assert "safeguard" not in str(caught.value).split("it accepts")[1]
+
+
+def test_modules_take_what_calls_take() -> None:
+    each = fastpref.RankDPOLoss(weight=torch.ones(3), huber_c=torch.ones(12))
+    pred, target, ref = torch.randn(3, 12, 5)
+    assert each(pred, target, ref, torch.rand(3, 4)).loss.isfinite()
+    of_pairs = fastpref.DPOLoss(sample_weight=[torch.ones(6), torch.ones(6)])
+    assert of_pairs(pred, target, ref).loss.isfinite()

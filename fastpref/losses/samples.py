@@ -66,8 +66,8 @@ def kto_loss(
         lambda_desirable, lambda_undesirable: weights of the two kinds. If one is rarer, raise its.
         utility: "kto" is the paper's default; "risk_seeking", the paper's, is called risk_seeking_3
             in the code. The risk_seeking ones have no lower bound.
-        kl: where the margin is 0, a constant: the mean of -drop over the batch, and at least 0,
-            unless it is given. In the official code it is the mean over all processes:
+        kl: where the margin is 0, a constant. If it is not given, it is the mean of -drop over the
+            batch, or 0 if that is negative. In the official code it is the mean over all processes:
             `batch_kl(out.drops)` makes that from the drops of a call before this one.
         knobs: as in `fastpref.grouped.sample_loss`.
 
@@ -92,11 +92,12 @@ def kto_loss(
 def batch_kl(drops: Tensor) -> Tensor:
     """`kto_loss`'s kl over all processes: max(mean(-drop), 0), a 0-d tensor.
 
-    drops: (B,) policy error minus reference error, of `SampleOutput` or `pair_errors`. They are
-    averaged over torch.distributed's default group, if there is one, weighted by their numbers;
-    then all processes must call this.
+    drops: (B,) policy error minus reference error, as in `SampleOutput`. They are averaged over
+        torch.distributed's default group, if there is one, weighted by their numbers; then all
+        processes must call this.
     """
-    total = torch.stack([-drops.detach().sum(), drops.new_tensor(float(drops.numel()))])
+    drops = drops.detach().float()
+    total = torch.stack([-drops.sum(), drops.new_tensor(float(drops.numel()))])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)
     return (total[0] / total[1]).clamp(min=0.0)

@@ -136,7 +136,9 @@ def slope_of(diff, scale, weight, c, HUBER: tl.constexpr):
     value = tl.where(scale == 0.0, 0.0, scale * diff)
     if HUBER:
         value = _over(value, tl.sqrt(diff * diff + c * c))
-    return weighted(value, weight)
+    if weight is not None:
+        value = tl.where(scale == 0.0, 0.0, weighted(value, weight))
+    return value
 
 
 @triton.jit

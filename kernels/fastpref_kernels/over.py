@@ -55,7 +55,7 @@ def _sums(
 def _group_sums(
     partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
     MEMBERS: tl.constexpr, KINDS: tl.constexpr, COUNTS: tl.constexpr, CROSS: tl.constexpr,
-    MEAN: tl.constexpr, REF: tl.constexpr, REF_ERRORS: tl.constexpr,
+    MEAN: tl.constexpr, REF: tl.constexpr, REF_ERRORS: tl.constexpr, SWAP: tl.constexpr,
     GROUPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """(for each member its sums, as means unless error_reduction is "sum"; their sizes; cross)."""
@@ -82,7 +82,9 @@ def _group_sums(
         for kind in tl.static_range(1, KINDS):
             each = each + (_mean(totals[m * KINDS + kind], size),)  # noqa: RUF005
         members = members + (each,)  # noqa: RUF005
-    cross = _mean(totals[TOTAL - 1], sizes[MEMBERS - 1]) if CROSS else sizes[0]
+    cross = sizes[0]
+    if CROSS:
+        cross = _mean(totals[TOTAL - 1], sizes[0 if SWAP else MEMBERS - 1])  # over the loser's
     return members, sizes, cross
 
 
@@ -238,7 +240,7 @@ def _list_losses(
         for d in tl.static_range(len(slopes)):
             weighted = weighted + (times((none + weight)[:, None], slopes[d]),)  # noqa: RUF005
         slopes = weighted
-    return value, slopes, score
+    return value, slopes, score, active
 
 
 @triton.jit
@@ -270,7 +272,7 @@ def finish(
             group = first + tl.arange(0, GROUPS)
             sums, _, _ = _group_sums(
                 partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
-                MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, GROUPS, PARTS,
+                MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, SWAP, GROUPS, PARTS,
             )  # fmt: skip
             scalars = _scalars(values, tensors, strides, group, n_groups, 0, N_LINK)
             value = FIRST(sums, scalars)
@@ -284,10 +286,15 @@ def finish(
             group = first + tl.arange(0, GROUPS)
             sums, _, cross = _group_sums(
                 partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
-                MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, GROUPS, PARTS,
+                MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, SWAP, GROUPS, PARTS,
             )  # fmt: skip
-            of_winners += tl.where(group < n_groups, sums[1 if SWAP else 0][0], 0.0)
-            of_both += tl.where(group < n_groups, cross, 0.0)
+            counted = group < n_groups
+            AT: tl.constexpr = N_HYPER + 2 if LINK is None else N_LINK + 1  # of pair_weight
+            if WEIGHTED or (LINK is None and N_LINK > N_HYPER):
+                (weight,) = _scalars(values, tensors, strides, group, n_groups, AT, AT + 1)
+                counted = counted & (weight != 0.0)
+            of_winners += tl.where(counted, sums[1 if SWAP else 0][0], 0.0)
+            of_both += tl.where(counted, cross, 0.0)
         one = tl.full([], 0, tl.int32)  # all groups have the same number
         (number,) = _scalars(values, tensors, strides, one, n_groups, N_LINK, N_LINK + 1)
         guard = safeguard(tl.sum(of_winners, axis=0), tl.sum(of_both, axis=0), number)
@@ -305,14 +312,14 @@ def finish(
                     partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
                     MEMBERS, LISTED, KINDS, COUNTS, MEAN, REF_ERRORS, GROUPS, PARTS,
                 )  # fmt: skip
-                value, _, _ = _list_losses(
+                value, _, _, _ = _list_losses(
                     kinds, lengths, values, tensors, strides, group, n_groups,
                     LINK, N_LINK, WEIGHTED, MEMBERS, LISTED, GROUPS,
                 )  # fmt: skip
             else:
                 sums, _, cross = _group_sums(
                     partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
-                    MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, GROUPS, PARTS,
+                    MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, SWAP, GROUPS, PARTS,
                 )  # fmt: skip
                 value, _, _ = _losses(
                     sums, cross, batch, guard, values, tensors, strides, group, n_groups,
@@ -332,14 +339,14 @@ def finish(
                     partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
                     MEMBERS, LISTED, KINDS, COUNTS, MEAN, REF_ERRORS, GROUPS, PARTS,
                 )  # fmt: skip
-                value, _, _ = _list_losses(
+                value, _, _, _ = _list_losses(
                     kinds, lengths, values, tensors, strides, group, n_groups,
                     LINK, N_LINK, WEIGHTED, MEMBERS, LISTED, GROUPS,
                 )  # fmt: skip
             else:
                 sums, _, cross = _group_sums(
                     partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
-                    MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, GROUPS, PARTS,
+                    MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, SWAP, GROUPS, PARTS,
                 )  # fmt: skip
                 value, _, _ = _losses(
                     sums, cross, batch, guard, values, tensors, strides, group, n_groups,
@@ -360,14 +367,14 @@ def finish(
                 partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
                 MEMBERS, LISTED, KINDS, COUNTS, MEAN, REF_ERRORS, GROUPS, PARTS,
             )  # fmt: skip
-            value, slopes, score = _list_losses(
+            value, slopes, score, active = _list_losses(
                 kinds, lengths, values, tensors, strides, group, n_groups,
                 LINK, N_LINK, WEIGHTED, MEMBERS, LISTED, GROUPS,
             )  # fmt: skip
         else:
             sums, sizes, cross = _group_sums(
                 partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
-                MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, GROUPS, PARTS,
+                MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, SWAP, GROUPS, PARTS,
             )  # fmt: skip
             value, slopes, score = _losses(
                 sums, cross, batch, guard, values, tensors, strides, group, n_groups,
@@ -390,7 +397,8 @@ def finish(
             each = (tl.zeros([GROUPS], tl.float32) + share)[:, None]
             for d in tl.static_range(DIRECTIONS):
                 scale = each if HUBER and d == 0 else 2.0 * each
-                tl.store(rows, _mean(times(scale, slopes[d]), sizes), mask=there)
+                factor = tl.where(active, times(scale, slopes[d]), 0.0)
+                tl.store(rows, _mean(factor, tl.where(active, sizes, 1.0)), mask=there)
                 rows += MEMBERS * n_groups
         else:
             for kind in tl.static_range(len(sums[0])):
