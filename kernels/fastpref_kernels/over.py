@@ -250,6 +250,41 @@ def _below(value, highest):
 
 
 @triton.jit
+def _linked(
+    group, batch, guard,
+    partials, ref, lengths, values, tensors, strides, n_groups, n_elements, n_programs, ref_strides,
+    LINK: tl.constexpr, SCORE: tl.constexpr, SHAPE: tl.constexpr, N_SCORE: tl.constexpr,
+    N_HYPER: tl.constexpr, N_LINK: tl.constexpr, SFT_WEIGHT: tl.constexpr, SWAP: tl.constexpr,
+    GUARD: tl.constexpr, WEIGHTED: tl.constexpr, MEAN: tl.constexpr, MEMBERS: tl.constexpr,
+    LISTED: tl.constexpr, KINDS: tl.constexpr, COUNTS: tl.constexpr, DRIFT: tl.constexpr,
+    CROSS: tl.constexpr, REF: tl.constexpr, REF_ERRORS: tl.constexpr, GROUPS: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """(sums, sizes, cross, losses, slopes, scores) of some groups, from their partial sums."""
+    if LISTED:
+        sums, sizes = _list_sums(
+            partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
+            MEMBERS, LISTED, KINDS, COUNTS, MEAN, REF_ERRORS, GROUPS, PARTS,
+        )  # fmt: skip
+        value, slopes, score, active = _list_losses(
+            sums, lengths, values, tensors, strides, group, n_groups,
+            LINK, N_LINK, WEIGHTED, MEMBERS, LISTED, GROUPS,
+        )  # fmt: skip
+        return sums, tl.where(active, sizes, 0.0), 0.0, value, slopes, score
+    else:
+        sums, sizes, cross = _group_sums(
+            partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
+            MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, SWAP, GROUPS, PARTS,
+        )  # fmt: skip
+        value, slopes, score = _losses(
+            sums, cross, batch, guard, values, tensors, strides, group, n_groups,
+            LINK, SCORE, SHAPE, N_SCORE, N_HYPER, N_LINK, SFT_WEIGHT, SWAP, GUARD, DRIFT,
+            WEIGHTED, REF, MEMBERS,
+        )  # fmt: skip
+        return sums, sizes, cross, value, slopes, score
+
+
+@triton.jit
 def finish(
     loss, stats, partials, ref, lengths, values, tensors, strides, n_groups, n_elements, n_programs,
     ref_strides, group_scale,
@@ -307,25 +342,13 @@ def finish(
         high = tl.full([GROUPS], float("-inf"), tl.float32)
         for first in range(0, n_groups, GROUPS):
             group = first + tl.arange(0, GROUPS)
-            if LISTED:
-                kinds, _ = _list_sums(
-                    partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
-                    MEMBERS, LISTED, KINDS, COUNTS, MEAN, REF_ERRORS, GROUPS, PARTS,
-                )  # fmt: skip
-                value, _, _, _ = _list_losses(
-                    kinds, lengths, values, tensors, strides, group, n_groups,
-                    LINK, N_LINK, WEIGHTED, MEMBERS, LISTED, GROUPS,
-                )  # fmt: skip
-            else:
-                sums, _, cross = _group_sums(
-                    partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
-                    MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, SWAP, GROUPS, PARTS,
-                )  # fmt: skip
-                value, _, _ = _losses(
-                    sums, cross, batch, guard, values, tensors, strides, group, n_groups,
-                    LINK, SCORE, SHAPE, N_SCORE, N_HYPER, N_LINK, SFT_WEIGHT, SWAP, GUARD, DRIFT,
-                    WEIGHTED, REF, MEMBERS,
-                )  # fmt: skip
+            _, _, _, value, _, _ = _linked(
+                group, batch, guard,
+                partials, ref, lengths, values, tensors, strides, n_groups, n_elements, n_programs,
+                ref_strides, LINK, SCORE, SHAPE, N_SCORE, N_HYPER, N_LINK, SFT_WEIGHT, SWAP, GUARD,
+                WEIGHTED, MEAN, MEMBERS, LISTED, KINDS, COUNTS, DRIFT, CROSS, REF, REF_ERRORS,
+                GROUPS, PARTS,
+            )  # fmt: skip
             value = tl.where(group < n_groups, value / heat, float("-inf"))
             high = tl.where((value <= high) | (high != high), high, value)  # NaN stays NaN
         of_nan = tl.sum(tl.where(high != high, 1.0, 0.0), axis=0)
@@ -334,25 +357,13 @@ def finish(
         excess = tl.zeros([GROUPS], tl.float32)
         for first in range(0, n_groups, GROUPS):
             group = first + tl.arange(0, GROUPS)
-            if LISTED:
-                kinds, _ = _list_sums(
-                    partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
-                    MEMBERS, LISTED, KINDS, COUNTS, MEAN, REF_ERRORS, GROUPS, PARTS,
-                )  # fmt: skip
-                value, _, _, _ = _list_losses(
-                    kinds, lengths, values, tensors, strides, group, n_groups,
-                    LINK, N_LINK, WEIGHTED, MEMBERS, LISTED, GROUPS,
-                )  # fmt: skip
-            else:
-                sums, _, cross = _group_sums(
-                    partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
-                    MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, SWAP, GROUPS, PARTS,
-                )  # fmt: skip
-                value, _, _ = _losses(
-                    sums, cross, batch, guard, values, tensors, strides, group, n_groups,
-                    LINK, SCORE, SHAPE, N_SCORE, N_HYPER, N_LINK, SFT_WEIGHT, SWAP, GUARD, DRIFT,
-                    WEIGHTED, REF, MEMBERS,
-                )  # fmt: skip
+            _, _, _, value, _, _ = _linked(
+                group, batch, guard,
+                partials, ref, lengths, values, tensors, strides, n_groups, n_elements, n_programs,
+                ref_strides, LINK, SCORE, SHAPE, N_SCORE, N_HYPER, N_LINK, SFT_WEIGHT, SWAP, GUARD,
+                WEIGHTED, MEAN, MEMBERS, LISTED, KINDS, COUNTS, DRIFT, CROSS, REF, REF_ERRORS,
+                GROUPS, PARTS,
+            )  # fmt: skip
             value = _below(value / heat, highest)
             total += tl.where(group < n_groups, tl.exp(value), 0.0)
             excess += tl.where(group < n_groups, expm1(value), 0.0)
@@ -362,25 +373,13 @@ def finish(
     for first in range(0, n_groups, GROUPS):
         group = first + tl.arange(0, GROUPS)
         inside = group < n_groups
-        if LISTED:
-            kinds, sizes = _list_sums(
-                partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
-                MEMBERS, LISTED, KINDS, COUNTS, MEAN, REF_ERRORS, GROUPS, PARTS,
-            )  # fmt: skip
-            value, slopes, score, active = _list_losses(
-                kinds, lengths, values, tensors, strides, group, n_groups,
-                LINK, N_LINK, WEIGHTED, MEMBERS, LISTED, GROUPS,
-            )  # fmt: skip
-        else:
-            sums, sizes, cross = _group_sums(
-                partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
-                MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, SWAP, GROUPS, PARTS,
-            )  # fmt: skip
-            value, slopes, score = _losses(
-                sums, cross, batch, guard, values, tensors, strides, group, n_groups,
-                LINK, SCORE, SHAPE, N_SCORE, N_HYPER, N_LINK, SFT_WEIGHT, SWAP, GUARD, DRIFT,
-                WEIGHTED, REF, MEMBERS,
-            )  # fmt: skip
+        sums, sizes, cross, value, slopes, score = _linked(
+            group, batch, guard,
+            partials, ref, lengths, values, tensors, strides, n_groups, n_elements, n_programs,
+            ref_strides, LINK, SCORE, SHAPE, N_SCORE, N_HYPER, N_LINK, SFT_WEIGHT, SWAP, GUARD,
+            WEIGHTED, MEAN, MEMBERS, LISTED, KINDS, COUNTS, DRIFT, CROSS, REF, REF_ERRORS,
+                GROUPS, PARTS,
+        )  # fmt: skip
         share = group_scale
         if HEATED:
             share = tl.exp(_below(value / heat, highest)) / of_all
@@ -389,16 +388,15 @@ def finish(
             member = tl.arange(0, LISTED)[None, :]
             there = inside[:, None] & (member < MEMBERS)
             rows = rows[:, None] + member * n_groups
-            for kind in tl.static_range(len(kinds)):
-                tl.store(rows, kinds[kind], mask=there)
+            for kind in tl.static_range(len(sums)):
+                tl.store(rows, sums[kind], mask=there)
                 rows += MEMBERS * n_groups
-            tl.store(stats + group + len(kinds) * MEMBERS * n_groups, score, mask=inside)
+            tl.store(stats + group + len(sums) * MEMBERS * n_groups, score, mask=inside)
             rows += n_groups
             each = (tl.zeros([GROUPS], tl.float32) + share)[:, None]
             for d in tl.static_range(DIRECTIONS):
                 scale = each if HUBER and d == 0 else 2.0 * each
-                factor = tl.where(active, times(scale, slopes[d]), 0.0)
-                tl.store(rows, _mean(factor, tl.where(active, sizes, 1.0)), mask=there)
+                tl.store(rows, _mean(times(scale, slopes[d]), sizes), mask=there)
                 rows += MEMBERS * n_groups
         else:
             for kind in tl.static_range(len(sums[0])):
