@@ -11,13 +11,13 @@ from typing import Any, TypeAlias
 import torch
 
 import fastpref
-from fastpref import dispatch, inversion
+from fastpref import dispatch, grouped, inversion
 
 Functions: TypeAlias = Mapping[str, Callable[..., Any]]
 
 LOSSES: dict[str, Callable[..., fastpref.LossOutput]] = {
     name.removesuffix("_loss"): function
-    for name, function in vars(fastpref.losses.pairs).items()
+    for name, function in sorted(vars(fastpref.losses.pairs).items())
     if name.endswith("_loss") and function.__module__ == fastpref.losses.pairs.__name__
 }
 INVERSIONS: dict[str, Callable[..., inversion.Inverted]] = {
@@ -57,7 +57,8 @@ def parameters(function: Callable[..., Any]) -> dict[str, Any]:
     if "knobs" not in known:
         return defaults
     (kind,) = re.findall(r"Unpack\[(\w+)\]", known["knobs"].annotation)
-    return dict.fromkeys(function.__globals__[kind].__annotations__) | defaults
+    known_knobs = getattr(dispatch, kind, None) or getattr(grouped, kind)
+    return dict.fromkeys(known_knobs.__annotations__) | defaults
 
 
 def described(function: Callable[..., Any], name: str) -> str:

@@ -163,7 +163,9 @@ def test_every_loss_trains(
         first, last = rows[0], rows[-1]
         assert first["margin"] == pytest.approx(0, abs=1e-3)  # it starts as the reference
         assert (first["mse_w"], first["mse_l"]) == (first["ref_mse_w"], first["ref_mse_l"])
-        assert abs(last["margin"]) > 0.01
+        # a margin in units of the errors, or at DSPO's beta of .001
+        least = {"diffusion_dro": 1e-3, "dspo": 1e-7}.get(loss, 0.01)
+        assert abs(last["margin"]) > least
         assert last["mse_w"] != last["ref_mse_w"]
     if loss == "dpo" and "loss_type" not in flags:
         assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
