@@ -49,10 +49,6 @@ class Batch(NamedTuple):
         assert self.pred[0] is not None
         return self.pred[0].device
 
-    @property
-    def ref_pred(self) -> bool:
-        return self.ref[0] is not None and self.ref[0].dim() > 1
-
 
 _ABSENT: Operand = (None, None)
 
@@ -209,10 +205,7 @@ def _whole(
 ) -> Tensor:
     """A tensor of `sample` for each of so many rows."""
     tensor = _tensor(name, value, 2 if sample else 1, dtypes)
-    inner = list(tensor.shape[1:])
-    if broadcast and len(inner) == len(sample):
-        inner = [s if i == 1 else i for i, s in zip(inner, sample, strict=True)]
-    if inner == sample and any(tensor.shape[0] == n for n in rows):
+    if _is_sample(tensor, sample, broadcast) and any(tensor.shape[0] == n for n in rows):
         return tensor
     needed = " or ".join(str((n, *sample)) for n in rows)
     ones = ", where any size after the first may be 1" if broadcast else ""
@@ -286,10 +279,7 @@ def _check_shape(
     # no `in`: Dynamo gets it wrong for symbolic sizes
     fits = first.shape[0] == 2 * n_pairs if second is None else first.shape[0] == n_pairs
     fits = fits or (may_share and first.shape[0] == n_pairs)
-    inner = list(first.shape[1:])
-    if broadcast and len(inner) == len(sample):
-        inner = [s if i == 1 else i for i, s in zip(inner, sample, strict=True)]
-    if fits and inner == sample:
+    if fits and _is_sample(first, sample, broadcast):
         return
     leading = (n_pairs,) if second is not None else (2 * n_pairs, n_pairs)[: 1 + may_share]
     needed = " or ".join(str((n, *sample)) for n in leading)
@@ -300,6 +290,14 @@ def _check_shape(
         f"{name} has shape {tuple(first.shape)}{each}, but {owner} holds {n_pairs} "
         f"pair(s){of_sample}; expected {needed}{ones}"
     )
+
+
+def _is_sample(tensor: Tensor, sample: list[int], broadcast: bool) -> bool:
+    """Whether rows have these sizes; where they broadcast, 1 will do for any of them."""
+    inner = list(tensor.shape[1:])
+    if broadcast and len(inner) == len(sample):
+        inner = [s if i == 1 else i for i, s in zip(inner, sample, strict=True)]
+    return inner == sample
 
 
 def _check_constants(constants: list[tuple[str, Tensor | None]], first: Tensor, owner: str) -> None:

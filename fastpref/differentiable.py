@@ -75,7 +75,7 @@ def sums_differentiably(
     of_err, of_gap, of_drift = (_of_sides(each, batch, len(sides)) for each in uses)
     each = zip(sides, of_err, of_gap, of_drift, strict=True)
     kinds = of_members([_gated_sums(*side, options, dtype) for side in each])
-    if not options.cross:
+    if not options.needs[1]:
         return kinds, None
     constants = [side._replace(pred=side.pred.detach()) for side in sides]
     return kinds, cross_of(constants, options.error_reduction, dtype, batch.swap)
@@ -156,6 +156,6 @@ def _gated_sums(
     else:
         of_err = gate(pred, err_live, size) - target
     kinds = [squares(of_err, huber_c), of_gap, squares(diff_ref, huber_c)]
-    if options.drift:
+    if options.needs[0]:
         kinds.append((gate(pred, drift_live, size) - ref).square())
     return [*map(reduced, kinds)]

@@ -234,8 +234,8 @@ def pair_loss(
         if anchor_weight is not None:
             if ref_pred is None:
                 raise ValueError(
-                    "anchor_weight was given, but ref_pred, which it needs, is missing; losses "
-                    f"without a reference take both by pair_loss(..., link={chosen.name!r})"
+                    "anchor_weight was given, but ref_pred is missing, which it needs; for a loss "
+                    f"without a reference, pass both to pair_loss(..., link={chosen.name!r})"
                 )
             anchor_weight = check_scalar("anchor_weight", anchor_weight, ANCHOR, n_pairs, device)
         if safeguard is not None and huber is not None:
@@ -243,12 +243,17 @@ def pair_loss(
         around = Around(*guard, anchor_weight, None, check_heat(reduction, dro_temperature, device))
     options = Options(chosen, numbers, huber, reduction, error_reduction, around)
     run = ops.loss_of if takes_triton(impl, batch) else reference.loss_of
-    loss, stats = run(batch, options)
-    each = stats.unbind()
-    if batch.ref[0] is None:
-        return LossOutput(loss, each[0], each[1], each[2 + options.cross])
-    mse_w, mse_l, drop_w, drop_l, ref_w, ref_l, *rest = each
-    margin = rest[2 * options.drift + options.cross]
+    return output_of_pairs(*run(batch, options), options, batch.ref[0] is not None)
+
+
+def output_of_pairs(loss: Tensor, stats: Tensor, options: Options, has_ref: bool) -> LossOutput:
+    """stats: rows of both members, of each kind of sums; the cross sums; and the margin."""
+    drift, cross = options.needs
+    mse_w, mse_l, *each = stats.unbind()
+    if not has_ref:
+        return LossOutput(loss, mse_w, mse_l, each[cross])
+    drop_w, drop_l, ref_w, ref_l, *rest = each
+    margin = rest[2 * drift + cross]
     return LossOutput(loss, mse_w, mse_l, margin, ref_w, ref_l, drop_w, drop_l)
 
 

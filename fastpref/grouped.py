@@ -23,6 +23,7 @@ from .dispatch import (
     Reduction,
     SafeguardOver,
     check_reductions,
+    output_of_pairs,
     takes_triton,
 )
 from .outputs import LossOutput, SampleOutput
@@ -30,37 +31,32 @@ from .scalars import ANCHOR, check_guard, check_heat, check_huber, check_scalar,
 from .sums import Options
 
 
-class SumKnobs(TypedDict, total=False):
+class GroupCoreKnobs(TypedDict, total=False):
     """Keyword arguments of every loss here; see `sample_loss`."""
 
     mask: Tensor
+    reduction: Reduction
+    dro_temperature: Scalar
+    impl: Impl
+
+
+class SummedGroupKnobs(GroupCoreKnobs, total=False):
+    """Of losses on samples that have an error_reduction of their own."""
+
+    weight: Scalar
+    huber_c: Scalar
+
+
+class GroupKnobs(SummedGroupKnobs, total=False):
+    """Of all others on samples and lists."""
+
     error_reduction: ErrorReduction
-    reduction: Reduction
-    dro_temperature: Scalar
-    impl: Impl
 
 
-class GroupKnobs(SumKnobs, total=False):
-    """Of the losses on samples and lists."""
-
-    weight: Scalar
-    huber_c: Scalar
-
-
-class SummedGroupKnobs(TypedDict, total=False):
-    """Of those that take sums over a sample's elements, unless told otherwise."""
-
-    mask: Tensor
-    reduction: Reduction
-    dro_temperature: Scalar
-    impl: Impl
-    weight: Scalar
-    huber_c: Scalar
-
-
-class SquaresKnobs(SumKnobs, total=False):
+class SquaresKnobs(GroupCoreKnobs, total=False):
     """Of losses on pairs whose errors must be squares."""
 
+    error_reduction: ErrorReduction
     pair_weight: Scalar
     loser_gradient_scale: Scalar | None
     safeguard: Scalar | None
@@ -87,8 +83,8 @@ def sample_loss(
         knobs:
             mask, error_reduction, impl: as in `pair_loss`; a list may share its mask.
             huber_c: as in `pair_loss`: one number, (B,), or of lists (B * k,).
-            weight: of each sample's or list's loss; 0 switches it off, whatever is in it, except
-                that KTO's batch mean has all samples.
+            weight: of each sample's or list's loss; 0 switches it off, whatever is in it. KTO's
+                mean over the batch still includes it, NaN too.
             reduction, dro_temperature: "mean" or "sum" over samples or lists, "none" for (B,), or
                 "dro", as in `pair_loss`.
     """
@@ -96,8 +92,8 @@ def sample_loss(
     batch = check_groups(
         model_pred, target, ref_pred, ref_mse, knobs.pop("mask", None), link.members, lengths
     )
-    loss, each = _run(link, batch, numbers, of_members or {}, "weight", {**knobs})
-    k = link.members
+    loss, stats, _ = _run(link, batch, numbers, of_members or {}, "weight", {**knobs})
+    each, k = stats.unbind(), link.members
     errors, drops, ref_errors = (
         each[i * k] if k == 1 else torch.stack(each[i * k : (i + 1) * k], 1) for i in range(3)
     )
@@ -120,11 +116,8 @@ def summed_pair_loss(
     """The loss of a link on pairs, of which it takes more sums than `pair_loss` has."""
     _check_reference(link, ref_pred, None)
     batch = check_pairs(model_pred, target, ref_pred, None, knobs.pop("mask", None))
-    loss, each = _run(link, batch, numbers, {}, "pair_weight", {**knobs})
-    mse_w, mse_l, drop_w, drop_l, ref_w, ref_l, *rest = each
-    guarded = knobs.get("safeguard") is not None  # by the cross sums
-    margin = rest[2 * link.drift + (link.cross or guarded)]
-    return LossOutput(loss, mse_w, mse_l, margin, ref_w, ref_l, drop_w, drop_l)
+    found = _run(link, batch, numbers, {}, "pair_weight", {**knobs})
+    return output_of_pairs(*found, has_ref=True)
 
 
 def _check_reference(link: Group, ref_pred: Any, ref_mse: Any) -> None:
@@ -143,8 +136,8 @@ def _run(
     of_members: Mapping[str, Any],
     weight_name: str,
     knobs: dict[str, Any],
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(loss, rows of stats)"""
+) -> tuple[Tensor, Tensor, Options]:
+    """(loss, stats, options)"""
     n, device = batch.n_groups, batch.device
     reduction, error_reduction = (knobs.pop(k, "mean") for k in ("reduction", "error_reduction"))
     check_reductions(reduction, error_reduction)
@@ -172,8 +165,7 @@ def _run(
         around = Around(*guard, None, weight, heat)
     options = Options(link, scalars, huber_c, reduction, error_reduction, around)
     run = ops.loss_of if takes_triton(impl, batch) else reference.loss_of
-    loss, stats = run(batch, options)
-    return loss, stats.unbind()
+    return *run(batch, options), options
 
 
 def _number(name: str, value: Any, hyper: Hyper, n: int, device: torch.device) -> Scalar:

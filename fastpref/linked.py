@@ -52,8 +52,8 @@ def of_pairs(options: Options, kinds: Sequence[Tensor], cross: Tensor | None, sw
     slopes = [[slope_l, slope_w] if swap else [slope_w, slope_l]]
     if around.drift_weight is not None:
         weight = around.drift_weight
-        if len(scalars) > len(options.link.hyper):
-            weight = _times(scalars[len(options.link.hyper) + 2], weight)  # pair_weight
+        if options.pair_weight is not None:
+            weight = _times(options.pair_weight, weight)
         losses = losses + _times(weight, 0.5 * (kinds[3][0] + kinds[3][1]))
         slopes.append([0.5 * weight] * 2)
     return Linked(losses, slopes, margin)
@@ -67,9 +67,7 @@ def _guard(options: Options, err_w: Tensor, cross: Tensor | None) -> Any:
     assert cross is not None
     err_w, cross = err_w.detach(), cross.detach()
     if around.guard == "batch":
-        weight: Any = around.weight
-        if isinstance(options.link, Link) and len(options.scalars) > len(options.link.hyper):
-            weight = options.scalars[len(options.link.hyper) + 2]  # pair_weight
+        weight = options.pair_weight
         if isinstance(weight, Tensor):
             err_w, cross = (torch.where(weight == 0, 0.0, each) for each in (err_w, cross))
         err_w, cross = err_w.sum(), cross.sum()

@@ -16,8 +16,8 @@ from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from fastpref_kernels import TRITON_MISSING
-from fastpref_kernels.knobs import NOTHING_AROUND, Around
-from fastpref_kernels.links import Group, link_of
+from fastpref_kernels.knobs import NOTHING_AROUND, Around, sums_of
+from fastpref_kernels.links import link_of
 
 from .batch import Batch, plain
 from .context import intercepted, transformed
@@ -63,8 +63,9 @@ class _Loss(torch.autograd.Function):
                 link, scalars, (pred, pred_l), target, ref, mask, swap, huber,
                 reduction, error_reduction, _more(around, lengths),
             )  # fmt: skip
-        ctx.huber_c, ctx.opaque, ctx.link, ctx.drift = huber_c, opaque, link, options.drift
-        read = ref if options.drift else (None, None)
+        ctx.huber_c, ctx.opaque, ctx.link = huber_c, opaque, link
+        drift, _ = options.needs
+        read = ref if drift else (None, None)
         ctx.save_for_backward(stats, huber_t, pred, pred_l, *target, *read, *mask)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
@@ -92,9 +93,7 @@ class _Loss(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             run = functools.partial(_OnlyOnce.apply, run)
         stats, huber_t, *read = ctx.saved_tensors
-        grads = run(
-            grad_loss, stats, *read, ctx.huber_c, huber_t, need, need_l, ctx.link.key, ctx.drift
-        )
+        grads = run(grad_loss, stats, *read, ctx.huber_c, huber_t, need, need_l, ctx.link.key)
         return grads[0] if need else None, grads[-1] if need_l else None, None, None
 
 
@@ -222,13 +221,11 @@ def _launch_backward(
     need: bool,
     need_l: bool,
     link: str,
-    drift: bool,
 ) -> list[Tensor]:
     huber = huber_c if huber_t is None else huber_t
-    more = launch.More(around=Around(drift_weight=0.0)) if drift else launch.NOTHING_MORE
     grads = launch.pair_backward(
         grad_loss, stats, (pred, pred_l), (target, target_l), (mask, mask_l), huber,
-        (need, need_l), link_of(link), (ref, ref_l), more,
+        (need, need_l), link_of(link), (ref, ref_l),
     )  # fmt: skip
     return [grad for grad in grads if grad is not None]
 
@@ -237,8 +234,8 @@ pair_backward = torch.library.custom_op(
     "fastpref::pair_backward",
     _launch_backward,
     mutates_args=(),
-    schema=f"(Tensor grad_loss, Tensor stats, {_PREDS}, {_MASK}, bool need, bool need_l, str link,"
-    " bool drift) -> Tensor[]",
+    schema=f"(Tensor grad_loss, Tensor stats, {_PREDS}, {_MASK}, bool need, bool need_l, str link)"
+    " -> Tensor[]",
 )
 
 
@@ -250,9 +247,7 @@ def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
     n_samples = pred.shape[0]
     n_groups = n_samples // link.members if pred_l is None else n_samples
     loss = pred.new_empty((n_groups,) if reduction == "none" else (), dtype=torch.float32)
-    drift, cross = there[1] == "1", guard in ("pair", "batch")
-    if isinstance(link, Group):
-        drift, cross = link.drift, link.cross
+    drift, cross = sums_of(link, guard, there[1] == "1")
     kinds = (1 if ref is None else 3) + drift
     rows = launch.rows_of(link.members, kinds, drift, cross)
     return loss, pred.new_empty((rows, n_groups), dtype=torch.float32)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 class LossOutput(NamedTuple):
-    """What every loss returns, for B pairs. Only `loss` carries a gradient: to add a term of your
-    own, take it from your own errors (`losses_from_errors`), or use `sft_weight` and its kin.
+    """What losses on pairs return, for B of them. Only `loss` carries a gradient: to add a term of
+    your own, take it from your own errors (`losses_from_errors`), or use `sft_weight` and its kin.
 
     loss: (), or (B,) for reduction="none".
     mse_w, mse_l: (B,) mean squared error of the prediction, winner's and loser's.

@@ -82,7 +82,7 @@ class _ClosedForm(torch.autograd.Function):
         sides = sides_of(batch, options.huber_c)
         kinds = of_members([_sums(side, options, dtype) for side in sides])
         cross = None
-        if options.cross:
+        if options.needs[1]:
             cross = cross_of(sides, options.error_reduction, dtype, batch.swap)
         if _in_floats(batch, options):
             loss, factors, margin = _link_in_floats(batch, options, kinds)
@@ -270,7 +270,7 @@ def _sums(side: Side, options: Options, dtype: torch.dtype) -> list[Tensor]:
     err = of_samples(elements)
     if ref.dim() == 2:
         return [err, err - ref, ref]
-    drift = [of_samples(_off(pred, ref, mask).square_())] if options.drift else []
+    drift = [of_samples(_off(pred, ref, mask).square_())] if options.needs[0] else []
     if plain and on_cpu and mask is None:
         # (pred - ref) * (pred - target + ref - target), with fewer passes over the memory
         moved = torch.sub(pred, ref, out=elements)

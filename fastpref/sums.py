@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref_kernels.knobs import NOTHING_AROUND, Around
+from fastpref_kernels.knobs import NOTHING_AROUND, Around, sums_of
 from fastpref_kernels.links import Group, Link
 
 from .batch import Batch, Operand, Scalar, halves
@@ -25,16 +25,16 @@ class Options(NamedTuple):
     around: Around = NOTHING_AROUND
 
     @property
-    def drift(self) -> bool:
-        """Whether the loss depends on the mean squared difference from the reference."""
-        of_group = isinstance(self.link, Group) and self.link.drift
-        return of_group or self.around.drift_weight is not None
+    def needs(self) -> tuple[bool, bool]:
+        """Whether the loss takes drifts, and cross sums."""
+        return sums_of(self.link, self.around.guard, self.around.drift_weight is not None)
 
     @property
-    def cross(self) -> bool:
-        """Whether it depends on the mean product of what the samples of a pair are off."""
-        of_group = isinstance(self.link, Group) and self.link.cross
-        return of_group or self.around.guard in ("pair", "batch")
+    def pair_weight(self) -> Any:
+        """That of pairs, or of groups; None where there is none."""
+        if isinstance(self.link, Link) and len(self.scalars) > len(self.link.hyper):
+            return self.scalars[len(self.link.hyper) + 2]
+        return self.around.weight
 
 
 def cast(scalar: Any, dtype: torch.dtype) -> Any:

@@ -28,7 +28,7 @@ from triton.runtime.jit import create_function_from_signature
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
 import machine_code
 from fastpref_kernels import KNOBS, LINKS, Link, groups, launch, pair
-from fastpref_kernels.knobs import NOTHING_AROUND, Around
+from fastpref_kernels.knobs import NOTHING_AROUND, Around, sums_of
 from fastpref_kernels.links import Group
 
 TARGETS = {
@@ -238,7 +238,9 @@ def stepped(family: Family) -> tuple[Recorder, Recorder]:
             more=more,
         )  # fmt: skip
         grad = torch.ones(members, 2) if each else loss
-        launch.pair_backward(grad, stats, *given, huber_c=huber, link=link, ref=ref, more=more)
+        drift, _ = sums_of(link, family.around.guard, family.around.drift_weight is not None)
+        of_drift = ref if drift else launch.ABSENT
+        launch.pair_backward(grad, stats, *given, huber_c=huber, link=link, ref=of_drift, more=more)
     return both
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import fastpref
 from fastpref.dispatch import Impl
 from fastpref_kernels import LINKS
-from fastpref_kernels.groups import RANKDPO
+from fastpref_kernels.groups import DSPO, RANKDPO
 
 
 @pytest.fixture
@@ -139,13 +139,11 @@ def test_compile_other_batch_sizes(form: str, impl: Impl, device: torch.device) 
         torch.testing.assert_close(got, wanted)
 
 
-def check_ops(
-    forward: tuple[Any, ...], operands: tuple[Any, ...], halves: bool, drift: bool = False
-) -> None:
+def check_ops(forward: tuple[Any, ...], operands: tuple[Any, ...], halves: bool) -> None:
     torch.library.opcheck(torch.ops.fastpref.pair_forward.default, forward)
     loss, stats = torch.ops.fastpref.pair_forward(*forward)
     backward = (torch.ones_like(loss), stats, *operands, *forward[11:13], True, halves)
-    backward += (forward[0], drift)
+    backward += (forward[0],)
     torch.library.opcheck(torch.ops.fastpref.pair_backward.default, backward)
 
 
@@ -194,7 +192,12 @@ def test_opcheck(shared: bool, halves: bool, device: torch.device) -> None:
     around = (None, None, False, "dro", "mean", "batch", "1101", None)
     guarded: tuple[Any, ...] = (LINKS["dpo_sigmoid"].key, [0.1, 0.3, 0.2, 2.0], [None] * 4)
     operands = (*preds, *targets, *preds, *masks)
-    check_ops((*guarded, *operands, *around), operands, halves, True)
+    check_ops((*guarded, *operands, *around), operands, halves)
+
+    # DSPO's link takes the drift, and a safeguard the cross sums
+    around = (None, None, False, "mean", "mean", "pair", "1000", None)
+    of_dspo: tuple[Any, ...] = (DSPO.key, [2.0, 0.5], [None] * 2)
+    check_ops((*of_dspo, *operands, *around), operands, halves)
 
 
 def test_opcheck_of_lists(device: torch.device) -> None:

@@ -323,8 +323,9 @@ def launched(
     scalars = [moved(each, device) for each in case.scalars]
     pred, target = (given.p, None), (given.t, None)
     loss, stats = launch.pair_forward(case.link, scalars, pred, target, ref, more=more)
+    of_drift = ref if case.link.drift else launch.ABSENT
     grad = launch.pair_backward(
-        grad_loss, stats, pred, target, link=case.link, ref=ref, more=more
+        grad_loss, stats, pred, target, link=case.link, ref=of_drift, more=more
     )  # fmt: skip
     return loss, stats, grad
 

@@ -13,7 +13,6 @@ what came and what is needed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -77,7 +76,8 @@ def plackett_luce_loss(
 ) -> SampleOutput:
     """Plackett-Luce (Diffusion-LPO): each sample of a list against all that rank no higher.
 
-    Per list, a sum over its samples j, with i running over those that score no higher, and j::
+    Per list, a sum over its samples j, in which i runs over j itself and those that score no
+    higher::
 
         loss   = log(sum(exp(beta * (drop_j - drop_i))))
         margin = beta * (drop_j - drop_i)
@@ -118,11 +118,3 @@ def _list_loss(
         links[scores.shape[1]], model_pred, target, ref_pred, ref_mse, {"beta": beta},
         {"score": scores}, lengths, **knobs,
     )  # fmt: skip
-
-
-if not TYPE_CHECKING:
-    __all__ = [
-        name
-        for name, value in globals().items()
-        if not name.startswith("_") and getattr(value, "__module__", "") == __name__
-    ]

@@ -17,7 +17,7 @@ between conventions.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -755,11 +755,3 @@ def _pairs(
 
 def _given(**scalars: Scalar | None) -> dict[str, Any]:
     return {name: value for name, value in scalars.items() if value is not None}
-
-
-if not TYPE_CHECKING:  # which sees the functions themselves, and could not work this out
-    __all__ = [
-        name
-        for name, value in globals().items()
-        if not name.startswith("_") and getattr(value, "__module__", "") == __name__
-    ]

@@ -11,7 +11,7 @@ what came and what is needed. Each number may be a float, a 0-d tensor or a (B,)
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -177,11 +177,3 @@ def tgo_loss(
     """
     numbers = {"beta": beta, "confidence": confidence, "score": score, "threshold": threshold}
     return sample_loss(TGO, model_pred, target, ref_pred, ref_mse, numbers, **knobs)
-
-
-if not TYPE_CHECKING:
-    __all__ = [
-        name
-        for name, value in globals().items()
-        if not name.startswith("_") and getattr(value, "__module__", "") == __name__
-    ]

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from .links import BELOW_HALF, FINITE, NOT_NEGATIVE, NOTHING, Hyper, Link
+from .links import BELOW_HALF, FINITE, NOT_NEGATIVE, NOTHING, Group, Hyper, Link
 from .special import in_torch, jit, log1p, times, tl
 
 # In the order in which they follow a link's hyper-parameters: all of them, or none where all have
@@ -151,6 +151,17 @@ class Around(NamedTuple):
 
 
 NOTHING_AROUND = Around()
+
+
+def sums_of(link: Link | Group, guard: str | None, drift_weighs: bool) -> tuple[bool, bool]:
+    """Whether the drift of the members is summed, and what a pair's samples have in common (cross):
+    for the link itself, or for what is around it."""
+    drift, cross = drift_weighs, guard in ("pair", "batch")
+    if isinstance(link, Group):
+        drift, cross = drift or link.drift, cross or link.cross
+    return drift, cross
+
+
 _in_torch = in_torch(pair_losses_jit)
 safeguard_in_torch = in_torch(safeguard)
 log_mean_in_torch = in_torch(log_mean)

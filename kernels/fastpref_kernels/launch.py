@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
 from . import pair
-from .knobs import NOTHING_AROUND, Around
+from .knobs import NOTHING_AROUND, Around, sums_of
 from .links import Group, Link
 
 # Whether TRITON_INTERPRET was set when Triton was imported.
@@ -136,16 +136,15 @@ def pair_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """One launch: the gradients of `pred`'s tensors, where needed, in their dtype and layout.
     grad_loss: (), (B,), or (members, B) for each member's error. link: needed for a `Group`. ref:
-    where the gradient has its direction, too."""
+    given where the gradient has its direction, too."""
     grad = torch.empty_like(pred[0]) if needed[0] and pred[0] is not None else None
     grad_l = torch.empty_like(pred[1]) if needed[1] and pred[1] is not None else None
     tensors: tuple[Tensor | None, ...] = (*pred, *target, *mask, grad, grad_l)
     group = link if isinstance(link, Group) else None
     of_ref: tuple[Tensor, ...] = ()
     base, anchor = of_ref, of_ref
-    drift = group.drift if group else more.around.drift_weight is not None
-    if group or drift:
-        others = (ref if drift else ABSENT, more.base, more.anchor)
+    if group or ref[0] is not None:
+        others = (ref, more.base, more.anchor)
         of_ref, base, anchor = map(_pointers, others)
         tensors += tuple(t for each in others for t in each)
     plan = _plan_backward(
@@ -190,14 +189,15 @@ def _plan_forward(
     if ref_errors:
         strides[2] = tuple((_stride(t),) for t in _pointers(ref))
     forms = [_form(each, n_groups, members, link) for each in operands]
-    guard, drift, weighted, heated = around
-    n_link = n_scalars - (guard is not None) - drift - weighted - heated
+    guard, drift_weighs, weighted, heated = around
+    n_link = n_scalars - (guard is not None) - drift_weighs - weighted - heated
+    drift, cross = sums_of(link, guard, drift_weighs)
     of_link: tuple[Any, ...]
-    mixed, cross = False, guard in ("pair", "batch")
+    mixed = False
     if isinstance(link, Group):
         first = link.first and link.first.triton
         of_link = (link.triton, first, None, None, 0, 0, n_link, 0.0)
-        drift, mixed, cross = link.drift, link.mixed, link.cross or cross
+        mixed = link.mixed
     else:
         of_link = (None, None, link.score.triton, link.shape.triton,
                    len(link.score.hyper), len(link.hyper), n_link, link.sft_weight)  # fmt: skip
