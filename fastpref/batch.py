@@ -10,14 +10,16 @@ from torch._subclasses import FakeTensor
 from torch.masked import MaskedTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .context import dispatches_itself, intercepted, readable
+from .context import dispatches_itself, intercepted
 
 Halves: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 Scalar: TypeAlias = "float | Tensor"
 Operand: TypeAlias = "tuple[Tensor | None, Tensor | None]"
 
+ABSENT: Operand = (None, None)
+
 _KERNELS_TAKE = (torch.float32, torch.float16, torch.bfloat16)
-_DTYPES = (*_KERNELS_TAKE, torch.float64)
+DTYPES = (*_KERNELS_TAKE, torch.float64)
 
 
 class Batch(NamedTuple):
@@ -30,6 +32,9 @@ class Batch(NamedTuple):
     ref: the reference's predictions, or its errors, a number for each sample. mask: of pred's
     sizes. is_fp64: what is computed in. swap: losers and winners change places in all of them.
     intercepted: see `context.intercepted`. lengths: (B,), how many members a list has.
+
+    base, affine = (a, b): the target is (target - a base) / b. anchor: another model's predictions,
+    as ref. Pairs may share their predictions, ((B, ...), None).
     """
 
     pred: Operand
@@ -43,14 +48,20 @@ class Batch(NamedTuple):
     members: int = 2
     listed: bool = False
     lengths: Tensor | None = None
+    base: Operand = ABSENT
+    anchor: Operand = ABSENT
+    affine: tuple[Scalar, ...] = ()
+
+    @property
+    def shares_pred(self) -> bool:
+        pred, other = self.pred
+        assert pred is not None
+        return other is None and self.members > 1 and pred.shape[0] == self.n_groups
 
     @property
     def device(self) -> torch.device:
         assert self.pred[0] is not None
         return self.pred[0].device
-
-
-_ABSENT: Operand = (None, None)
 
 
 def check_pairs(
@@ -64,13 +75,13 @@ def check_pairs(
     """Raises TypeError or ValueError that names the argument, what came, and what is needed."""
     if swap is not True and swap is not False:
         raise TypeError(f"swap must be True or False, got a {type(swap).__name__}")
-    ref, masks = _ABSENT, _ABSENT
+    ref, masks = ABSENT, ABSENT
     if ref_mse is None and mask is None and not intercepted():
         n_pairs = _usual_pairs(model_pred, target, ref_pred)
         if n_pairs:
             whole: list[Any] = [(model_pred, None), (target, None), (ref_pred, None), masks]
             return Batch(*whole, n_pairs, False, swap, False)  # type: ignore[call-arg]
-    pred_w, pred_l = _operand("model_pred", model_pred)
+    pred_w, pred_l = operand_of("model_pred", model_pred)
     n_samples, *sample = pred_w.shape
     if pred_w.numel() == 0:
         raise ValueError(
@@ -83,27 +94,27 @@ def check_pairs(
             "expected as many losers as winners, as torch.cat([winners, losers]) gives"
         )
     n_pairs = n_samples // 2 if pred_l is None else n_samples
-    target_w, target_l = _operand("target", target)
-    _check_shape("target", target_w, target_l, n_pairs, sample, may_share=True)
+    target_w, target_l = operand_of("target", target)
+    check_shape("target", target_w, target_l, n_pairs, sample, may_share=True)
     constants = [("target", target_w), ("target[1]", target_l)]
     if ref_pred is not None:
-        ref = ref_w, ref_l = _operand("ref_pred", ref_pred)
-        _check_shape("ref_pred", ref_w, ref_l, n_pairs, sample)
+        ref = ref_w, ref_l = operand_of("ref_pred", ref_pred)
+        check_shape("ref_pred", ref_w, ref_l, n_pairs, sample)
         constants += [("ref_pred", ref_w), ("ref_pred[1]", ref_l)]
         if ref_mse is not None:
             raise ValueError("ref_pred and ref_mse were both given; expected only one of them")
     elif ref_mse is not None:
-        ref = ref_w, ref_l = _operand("ref_mse", ref_mse, min_dim=1)
-        _check_shape("ref_mse", ref_w, ref_l, n_pairs, [])
+        ref = ref_w, ref_l = operand_of("ref_mse", ref_mse, min_dim=1)
+        check_shape("ref_mse", ref_w, ref_l, n_pairs, [])
         constants += [("ref_mse", ref_w), ("ref_mse[1]", ref_l)]
     if mask is not None:
-        mask_w, mask_l = _operand("mask", mask, dtypes=(torch.bool, *_DTYPES))
-        _check_shape("mask", mask_w, mask_l, n_pairs, sample, may_share=True, broadcast=True)
+        mask_w, mask_l = operand_of("mask", mask, dtypes=(torch.bool, *DTYPES))
+        check_shape("mask", mask_w, mask_l, n_pairs, sample, may_share=True, broadcast=True)
         constants += [("mask", mask_w), ("mask[1]", mask_l)]
         masks = tuple(None if m is None else m.expand(-1, *sample) for m in (mask_w, mask_l))  # type: ignore[assignment]
     if pred_l is not None and pred_l.device != pred_w.device:
         raise ValueError(_on_another_device("model_pred[1]", pred_l, pred_w, "model_pred"))
-    _check_constants(constants, pred_w, "model_pred")
+    check_constants(constants, pred_w, "model_pred")
     shared = target_l is target_w
     operands = (pred_w, pred_l, target_w, target_l, *(ref if ref_pred is not None else ()))
     wide = any(t is not None and t.dtype == torch.float64 for t in operands)
@@ -148,91 +159,12 @@ def _usual_pairs(pred: Any, target: Any, ref: Any) -> int:
     return n_samples // 2
 
 
-def check_groups(
-    model_pred: Tensor,
-    target: Tensor,
-    ref_pred: Tensor | None,
-    ref_mse: Tensor | None,
-    mask: Tensor | None,
-    members: int,
-    lengths: Tensor | None = None,
-) -> Batch:
-    """The same of samples, or of lists of `members`, which are single tensors."""
-    pred = _tensor("model_pred", model_pred, 2, _DTYPES)
-    n_samples, *sample = pred.shape
-    if pred.numel() == 0 or n_samples % members:
-        each = "" if members == 1 else f" x {members}"
-        raise ValueError(
-            f"model_pred has shape {tuple(pred.shape)}; expected (B{each}, ...), with at least one "
-            "element"
-        )
-    n_groups = n_samples // members
-    rows = (n_samples,) if members == 1 else (n_samples, n_groups)
-    target = _whole("target", target, rows, sample)
-    constants: list[tuple[str, Tensor | None]] = [("target", target)]
-    ref: Tensor | None = None
-    if ref_pred is not None and ref_mse is not None:
-        raise ValueError("ref_pred and ref_mse were both given; expected only one of them")
-    if ref_pred is not None:
-        ref = _whole("ref_pred", ref_pred, rows[:1], sample)
-        constants += [("ref_pred", ref)]
-    elif ref_mse is not None:
-        ref = _whole("ref_mse", ref_mse, rows[:1], [])
-        constants += [("ref_mse", ref)]
-    if mask is not None:
-        mask = _whole("mask", mask, rows, sample, (torch.bool, *_DTYPES), broadcast=True)
-        constants += [("mask", mask)]
-        mask = mask.expand(-1, *sample)
-    if lengths is not None:
-        lengths = _lengths(lengths, n_groups, members)
-        constants += [("lengths", lengths)]
-    _check_constants(constants, pred, "model_pred")
-    is_fp64 = any(t is not None and t.dtype == torch.float64 for t in (pred, target, ref_pred))
-    python_first = intercepted(pred, target, ref, mask, lengths)
-    return Batch(
-        (pred, None), (target, None), (ref, None), (mask, None), n_groups, is_fp64, False,
-        python_first, members, True, lengths,
-    )  # fmt: skip
-
-
-def _whole(
-    name: str,
-    value: Any,
-    rows: tuple[int, ...],
-    sample: list[int],
-    dtypes: tuple[torch.dtype, ...] = _DTYPES,
-    broadcast: bool = False,
-) -> Tensor:
-    """A tensor of `sample` for each of so many rows."""
-    tensor = _tensor(name, value, 2 if sample else 1, dtypes)
-    if _is_sample(tensor, sample, broadcast) and any(tensor.shape[0] == n for n in rows):
-        return tensor
-    needed = " or ".join(str((n, *sample)) for n in rows)
-    ones = ", where any size after the first may be 1" if broadcast else ""
-    raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {needed}{ones}")
-
-
-def _lengths(value: Any, n_groups: int, members: int) -> Tensor:
-    lengths = plain("lengths", value)
-    integers = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-    if lengths.dtype not in integers or lengths.shape != (n_groups,):
-        raise ValueError(
-            f"lengths is a {lengths.dtype} tensor of shape {tuple(lengths.shape)}; expected "
-            f"integers of shape ({n_groups},), how many of its {members} rows each list has"
-        )
-    if readable(lengths):
-        outside = [n for n in lengths.tolist() if not 0 <= n <= members]
-        if outside:
-            raise ValueError(f"lengths contains {outside[0]}; expected numbers in [0, {members}]")
-    return lengths.contiguous()  # the kernels take no stride of it
-
-
 def check_errors(
     mse: Halves, ref_mse: Halves | None, gap: Halves | None = None
 ) -> tuple[Operand, Operand, int]:
     """Per-sample errors of the model, those of the reference or the gaps, and the number of pairs;
     raises as check_pairs."""
-    mse_w, mse_l = _operand("mse", mse, min_dim=1)
+    mse_w, mse_l = operand_of("mse", mse, min_dim=1)
     if mse_w.dim() != 1 or mse_w.numel() == 0 or (mse_l is None and mse_w.shape[0] % 2):
         raise ValueError(
             f"mse has shape {tuple(mse_w.shape)}; expected one error per sample: (2B,) with the "
@@ -240,14 +172,14 @@ def check_errors(
         )
     n_pairs = mse_w.shape[0] // 2 if mse_l is None else mse_w.shape[0]
     others: list[tuple[str, Tensor | None]] = []
-    ref = _ABSENT
+    ref = ABSENT
     if ref_mse is not None:
-        ref = ref_w, ref_l = _operand("ref_mse", ref_mse, min_dim=1)
-        _check_shape("ref_mse", ref_w, ref_l, n_pairs, [], owner="mse")
-        _check_constants([("ref_mse", ref_w), ("ref_mse[1]", ref_l)], mse_w, "mse")
+        ref = ref_w, ref_l = operand_of("ref_mse", ref_mse, min_dim=1)
+        check_shape("ref_mse", ref_w, ref_l, n_pairs, [], owner="mse")
+        check_constants([("ref_mse", ref_w), ("ref_mse[1]", ref_l)], mse_w, "mse")
     elif gap is not None:
-        ref = gap_w, gap_l = _operand("gap", gap, min_dim=1)
-        _check_shape("gap", gap_w, gap_l, n_pairs, [], owner="mse")
+        ref = gap_w, gap_l = operand_of("gap", gap, min_dim=1)
+        check_shape("gap", gap_w, gap_l, n_pairs, [], owner="mse")
         others = [("gap", gap_w), ("gap[1]", gap_l)]
     for name, tensor in (("mse[1]", mse_l), *others):
         if tensor is not None and tensor.device != mse_w.device:
@@ -266,7 +198,7 @@ def halves(operand: Operand, n_pairs: int, swap: bool = False) -> tuple[Tensor, 
     return (second, first) if swap else (first, second)
 
 
-def _check_shape(
+def check_shape(
     name: str,
     first: Tensor,
     second: Tensor | None,
@@ -279,7 +211,7 @@ def _check_shape(
     # no `in`: Dynamo gets it wrong for symbolic sizes
     fits = first.shape[0] == 2 * n_pairs if second is None else first.shape[0] == n_pairs
     fits = fits or (may_share and first.shape[0] == n_pairs)
-    if fits and _is_sample(first, sample, broadcast):
+    if fits and is_sample(first, sample, broadcast):
         return
     leading = (n_pairs,) if second is not None else (2 * n_pairs, n_pairs)[: 1 + may_share]
     needed = " or ".join(str((n, *sample)) for n in leading)
@@ -292,7 +224,7 @@ def _check_shape(
     )
 
 
-def _is_sample(tensor: Tensor, sample: list[int], broadcast: bool) -> bool:
+def is_sample(tensor: Tensor, sample: list[int], broadcast: bool) -> bool:
     """Whether rows have these sizes; where they broadcast, 1 will do for any of them."""
     inner = list(tensor.shape[1:])
     if broadcast and len(inner) == len(sample):
@@ -300,7 +232,7 @@ def _is_sample(tensor: Tensor, sample: list[int], broadcast: bool) -> bool:
     return inner == sample
 
 
-def _check_constants(constants: list[tuple[str, Tensor | None]], first: Tensor, owner: str) -> None:
+def check_constants(constants: list[tuple[str, Tensor | None]], first: Tensor, owner: str) -> None:
     for name, tensor in constants:
         if tensor is None:
             continue
@@ -317,17 +249,17 @@ def _on_another_device(name: str, tensor: Tensor, first: Tensor, owner: str) -> 
     return f"{name} is on {tensor.device}, but {owner} is on {first.device}; expected one device"
 
 
-def _operand(
-    name: str, value: object, min_dim: int = 2, dtypes: tuple[torch.dtype, ...] = _DTYPES
+def operand_of(
+    name: str, value: object, min_dim: int = 2, dtypes: tuple[torch.dtype, ...] = DTYPES
 ) -> tuple[Tensor, Tensor | None]:
     """One tensor, or winners and losers, of a dtype and rank that will do."""
     if isinstance(value, Tensor):
-        return _tensor(name, value, min_dim, dtypes), None
+        return tensor_of(name, value, min_dim, dtypes), None
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         what = type(value).__name__
         what += f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
         raise TypeError(f"{name} must be a tensor or a tuple (winners, losers), got a {what}")
-    winner, loser = (_tensor(f"{name}[{i}]", v, min_dim, dtypes) for i, v in enumerate(value))
+    winner, loser = (tensor_of(f"{name}[{i}]", v, min_dim, dtypes) for i, v in enumerate(value))
     if winner.shape != loser.shape:
         raise ValueError(
             f"{name} has winners of shape {tuple(winner.shape)} but losers of shape "
@@ -336,7 +268,7 @@ def _operand(
     return winner, loser
 
 
-def _tensor(name: str, value: object, min_dim: int, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+def tensor_of(name: str, value: object, min_dim: int, dtypes: tuple[torch.dtype, ...]) -> Tensor:
     tensor = plain(name, value)
     if tensor.dtype not in dtypes:
         needed = "float32, float16, bfloat16 or float64"

@@ -21,6 +21,7 @@ from .sums import (
     Side,
     cross_of,
     gaps,
+    mixed,
     of_members,
     per_sample,
     sides_of,
@@ -62,8 +63,8 @@ def loss_differentiably(batch: Batch, options: Options) -> tuple[Tensor, Tensor]
     """As `reference.loss_of`."""
     dtype = torch.float64 if batch.is_fp64 else torch.float32
     kinds, cross = sums_differentiably(batch, options, _live(batch, options), dtype)
-    losses, _, margin = linked(batch, options, kinds, cross)
-    stats = stats_of(kinds, cross, margin)
+    losses, _, scores = linked(batch, options, kinds, cross)
+    stats = stats_of(kinds, cross, scores)
     return reduced(losses, options), stats
 
 
@@ -71,7 +72,7 @@ def sums_differentiably(
     batch: Batch, options: Options, uses: Live, dtype: torch.dtype
 ) -> tuple[list[Tensor], Tensor | None]:
     """(members, B) of each kind, and the cross sums, which are constants."""
-    sides = sides_of(batch, options.huber_c)
+    sides = sides_of(batch, options)
     of_err, of_gap, of_drift = (_of_sides(each, batch, len(sides)) for each in uses)
     each = zip(sides, of_err, of_gap, of_drift, strict=True)
     kinds = of_members([_gated_sums(*side, options, dtype) for side in each])
@@ -82,8 +83,8 @@ def sums_differentiably(
 
 
 class Live(NamedTuple):
-    """What the loss depends on of each member: through errors, gaps and drifts. Each is a bool, or
-    a tensor of shape () or (B,)."""
+    """What the loss depends on of each member: through errors, gaps, and drifts or distances from
+    the anchor. Each is a bool, or a tensor of shape () or (B,)."""
 
     err: tuple[Any, ...]
     gap: tuple[Any, ...]
@@ -126,9 +127,10 @@ def _gated_sums(
     side: Side, err_live: Any, gap_live: Any, drift_live: Any, options: Options, dtype: torch.dtype
 ) -> list[Tensor]:
     """As `reference._sums`. Gradients go by the errors, by the gaps and by the drifts of the rows
-    in which these are live."""
+    in which these are live. What is mixed is a constant."""
     pred, target = side.pred.to(dtype), side.target.to(dtype)
     ref = None if side.ref is None else side.ref.to(dtype)
+    anchor = None if side.anchor is None else side.anchor.to(dtype)
     of_ref = [] if ref is None or ref.dim() == 2 else [ref]
     if side.mask is not None:  # what it hides may be anything, NaN too
         hidden = side.mask == 0
@@ -144,7 +146,8 @@ def _gated_sums(
         size = functools.partial(_largest, pred, target)
         gated = gate(pred, err_live | gap_live, size)
         err = reduced(squares(gated - target, huber_c))
-        return [err] if ref is None else [err, err - ref, ref]
+        kinds = [err] if ref is None else [err, err - ref, ref]
+        return kinds if anchor is None else [*kinds, reduced(_distance(pred, anchor, drift_live))]
     ref = of_ref[0]
     diff_ref = ref - target
     size = functools.partial(_largest, pred, target, ref)
@@ -157,5 +160,13 @@ def _gated_sums(
         of_err = gate(pred, err_live, size) - target
     kinds = [squares(of_err, huber_c), of_gap, squares(diff_ref, huber_c)]
     if options.needs[0]:
-        kinds.append((gate(pred, drift_live, size) - ref).square())
+        kinds.append(_distance(pred, ref, drift_live))
+    if side.mix is not None:
+        kinds += mixed(diff_ref, pred.detach() - ref, side.mix)
+    if anchor is not None:
+        kinds.append(_distance(pred, anchor, drift_live))
     return [*map(reduced, kinds)]
+
+
+def _distance(pred: Tensor, other: Tensor, live: Any) -> Tensor:
+    return (gate(pred, live, functools.partial(_largest, pred, other)) - other).square()

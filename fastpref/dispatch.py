@@ -315,7 +315,7 @@ def losses_from_errors(
             else:
                 both, of_ref = _gated(both, of_err), _gated(of_ref, of_gap)
                 kinds = [both, of_ref, both - of_ref]
-        losses, _, margin = of_pairs(options, kinds, None, swap)
+        losses, _, (margin,) = of_pairs(options, kinds, None, swap)
         loss = reduced(losses, options)
     # Clones: an output never shares memory with an input or with what backward reads.
     each = [e.detach().clone() for kind in kinds for e in kind]

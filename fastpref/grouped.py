@@ -14,7 +14,7 @@ from fastpref_kernels.knobs import NOTHING_AROUND, Around
 from fastpref_kernels.links import Group, Hyper
 
 from . import ops, reference
-from .batch import Batch, Halves, Scalar, check_groups, check_pairs, plain
+from .batch import Batch, Halves, Scalar, check_pairs, plain
 from .context import readable
 from .dispatch import (
     ErrorReduction,
@@ -27,6 +27,7 @@ from .dispatch import (
     takes_triton,
 )
 from .outputs import LossOutput, SampleOutput
+from .rows import check_groups
 from .scalars import ANCHOR, check_guard, check_heat, check_huber, check_scalar, unexpected
 from .sums import Options
 
@@ -92,7 +93,7 @@ def sample_loss(
     batch = check_groups(
         model_pred, target, ref_pred, ref_mse, knobs.pop("mask", None), link.members, lengths
     )
-    loss, stats, _ = _run(link, batch, numbers, of_members or {}, "weight", {**knobs})
+    loss, stats, _ = run(link, batch, numbers, GroupKnobs, {**knobs}, of_members or {})
     each, k = stats.unbind(), link.members
     errors, drops, ref_errors = (
         each[i * k] if k == 1 else torch.stack(each[i * k : (i + 1) * k], 1) for i in range(3)
@@ -116,7 +117,7 @@ def summed_pair_loss(
     """The loss of a link on pairs, of which it takes more sums than `pair_loss` has."""
     _check_reference(link, ref_pred, None)
     batch = check_pairs(model_pred, target, ref_pred, None, knobs.pop("mask", None))
-    found = _run(link, batch, numbers, {}, "pair_weight", {**knobs})
+    found = run(link, batch, numbers, SquaresKnobs, {**knobs})
     return output_of_pairs(*found, has_ref=True)
 
 
@@ -129,43 +130,44 @@ def _check_reference(link: Group, ref_pred: Any, ref_mse: Any) -> None:
         )
 
 
-def _run(
+def run(
     link: Group,
     batch: Batch,
     numbers: Mapping[str, Any],
-    of_members: Mapping[str, Any],
-    weight_name: str,
+    accepts: Any,
     knobs: dict[str, Any],
+    of_members: Mapping[str, Any] = {},
 ) -> tuple[Tensor, Tensor, Options]:
-    """(loss, stats, options)"""
+    """(loss, stats, options). accepts: the TypedDict of the knobs."""
     n, device = batch.n_groups, batch.device
-    reduction, error_reduction = (knobs.pop(k, "mean") for k in ("reduction", "error_reduction"))
+    accepted = accepts.__annotations__
+    if unknown := [name for name in knobs if name not in accepted]:
+        raise TypeError(
+            unexpected(f"loss {link.name!r}", unknown, [*numbers, *of_members, *accepted])
+        )
+    reduction, error_reduction = (knobs.get(k, "mean") for k in ("reduction", "error_reduction"))
     check_reductions(reduction, error_reduction)
-    heat = check_heat(reduction, knobs.pop("dro_temperature", 1.0), device)
-    weight, impl = knobs.pop(weight_name, None), knobs.pop("impl", "auto")
-    huber_c = knobs.pop("huber_c", None) if link.huber else None
+    heat = check_heat(reduction, knobs.get("dro_temperature", 1.0), device)
+    huber_c = knobs.get("huber_c")
     guard: tuple[str | None, Scalar | None] = (None, None)
-    if weight_name == "pair_weight":
-        scale, mu = knobs.pop("loser_gradient_scale", None), knobs.pop("safeguard", None)
-        guard = check_guard(scale, mu, knobs.pop("safeguard_over", "batch"), n, device)
-    if knobs:
-        of_pairs = weight_name == "pair_weight"
-        own = (SquaresKnobs if of_pairs else GroupKnobs).__annotations__
-        accepted = [*numbers, *of_members, *own]
-        raise TypeError(unexpected(f"loss {link.name!r}", [*knobs], accepted))
+    if "safeguard" in accepted:
+        scale, mu = knobs.get("loser_gradient_scale"), knobs.get("safeguard")
+        guard = check_guard(scale, mu, knobs.get("safeguard_over", "batch"), n, device)
     scalars = [_number(name, numbers[name], hyper, n, device) for name, hyper in link.hyper.items()]
     for name, hyper in link.of_members.items():
         scalars.append(_of_members(name, of_members[name], hyper, batch))
-    if weight is not None:
-        weight = check_scalar(weight_name, weight, ANCHOR, n, device)
+    weight = None
+    for name in ("weight", "sample_weight", "pair_weight"):
+        if knobs.get(name) is not None:
+            weight = check_scalar(name, knobs[name], ANCHOR, n, device)
     if huber_c is not None:
         huber_c = check_huber(huber_c, n, n * link.members, device)
     around = NOTHING_AROUND
     if guard[0] is not None or weight is not None or heat is not None:
         around = Around(*guard, None, weight, heat)
     options = Options(link, scalars, huber_c, reduction, error_reduction, around)
-    run = ops.loss_of if takes_triton(impl, batch) else reference.loss_of
-    return *run(batch, options), options
+    loss_of = ops.loss_of if takes_triton(knobs.get("impl", "auto"), batch) else reference.loss_of
+    return *loss_of(batch, options), options
 
 
 def _number(name: str, value: Any, hyper: Hyper, n: int, device: torch.device) -> Scalar:

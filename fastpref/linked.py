@@ -19,17 +19,18 @@ _times = in_torch(times)
 
 
 class Linked(NamedTuple):
-    """losses, margin: (B,). slopes: for each direction (pred - target, and with drift pred - ref)
-    those of the members, (members, B) or what broadcasts to it."""
+    """losses: (B,). slopes: for each direction (pred - target, with drift pred - ref, and pred -
+    anchor) those of the members, (members, B) or what broadcasts to it. scores: (B,) each, of pairs
+    the margin, of groups those that the link names."""
 
     losses: Tensor
     slopes: list[list[Any]]
-    margin: Tensor
+    scores: Sequence[Tensor]
 
 
 def linked(batch: Batch, options: Options, kinds: Sequence[Tensor], cross: Tensor | None) -> Linked:
-    """kinds: (members, B) of each kind of sums: errors, and with a reference gaps, its errors, and
-    the drift. Slopes are those of the losses, which autograd may differentiate instead."""
+    """kinds: (members, B) of each kind of sums, in the kernels' order. Slopes are those of the
+    losses, which autograd may differentiate instead."""
     if isinstance(options.link, Group):
         return _of_groups(options.link, batch, options, kinds, cross)
     return of_pairs(options, kinds, cross, batch.swap)
@@ -56,7 +57,7 @@ def of_pairs(options: Options, kinds: Sequence[Tensor], cross: Tensor | None, sw
             weight = _times(options.pair_weight, weight)
         losses = losses + _times(weight, 0.5 * (kinds[3][0] + kinds[3][1]))
         slopes.append([0.5 * weight] * 2)
-    return Linked(losses, slopes, margin)
+    return Linked(losses, slopes, (margin,))
 
 
 def _guard(options: Options, err_w: Tensor, cross: Tensor | None) -> Any:
@@ -83,7 +84,7 @@ def _of_groups(
     link: Group, batch: Batch, options: Options, kinds: Sequence[Tensor], cross: Tensor | None
 ) -> Linked:
     if link.listed:
-        losses, slopes, margin = _of_lists(link, batch, options, kinds)
+        losses, slopes, scores = _of_lists(link, batch, options, kinds)
     else:
         sums, scalars = tuple(zip(*kinds, strict=True)), tuple(options.scalars)
         guard = _guard(options, kinds[0][0], cross)
@@ -92,19 +93,19 @@ def _of_groups(
         mean: Any = 0.0
         if link.first is not None:
             mean = link.first.torch(sums, scalars).mean().detach()
-        losses, of_members, margin = link.torch(sums, cross, scalars, mean)
+        losses, of_members, scores = link.torch(sums, cross, scalars, mean)
         if guard is not None:
             of_members = (of_members[0], tuple(_times(guard, slope) for slope in of_members[1]))
         slopes = [[*each] for each in zip(*of_members, strict=True)]
     if (weight := options.around.weight) is not None:
         losses = _times(weight, losses)
         slopes = [[_times(weight, slope) for slope in each] for each in slopes]
-    return Linked(losses, slopes, margin)
+    return Linked(losses, slopes, scores)
 
 
 def _of_lists(
     link: Group, batch: Batch, options: Options, kinds: Sequence[Tensor]
-) -> tuple[Tensor, list[list[Any]], Tensor]:
+) -> tuple[Tensor, list[list[Any]], tuple[Tensor, ...]]:
     *scalars, of_members = options.scalars
     assert isinstance(of_members, Tensor)
     order = torch.arange(batch.members, device=batch.device)[None]
@@ -114,8 +115,8 @@ def _of_lists(
         of_members = torch.where(active, of_members, 0.0)
     sums = [kind.T if batch.lengths is None else torch.where(active, kind.T, 0.0) for kind in kinds]
     numbers = [n[:, None] if isinstance(n, Tensor) and n.dim() else n for n in scalars]
-    losses, slopes, margin = link.torch(tuple(sums), of_members, order, tuple(numbers), active)
-    return losses, [[*slope.unbind(1)] for slope in slopes], margin
+    losses, slopes, scores = link.torch(tuple(sums), of_members, order, tuple(numbers), active)
+    return losses, [[*slope.unbind(1)] for slope in slopes], scores
 
 
 def reduced(losses: Tensor, options: Options) -> Tensor:

@@ -8,6 +8,7 @@ dispatch modes), the same calls go through opaque ops, which have schemas and fa
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.autograd import forward_ad
 
 from fastpref_kernels import TRITON_MISSING
 from fastpref_kernels.knobs import NOTHING_AROUND, Around, sums_of
-from fastpref_kernels.links import link_of
+from fastpref_kernels.links import Group, link_of
 
 from .batch import Batch, plain
 from .context import intercepted, transformed
@@ -28,8 +29,9 @@ if not TRITON_MISSING:
 
 INTERPRETED = not TRITON_MISSING and launch.INTERPRETED
 
-_PREDS = "Tensor pred, Tensor? pred_l, Tensor target, Tensor? target_l, Tensor? ref, Tensor? ref_l"
-_MASK = "Tensor? mask, Tensor? mask_l, float? huber_c, Tensor? huber_t"
+# constants: both tensors of target, ref, mask, base and anchor. n_groups: where pred does not tell.
+_OPERANDS = "Tensor pred, Tensor? pred_l, Tensor?[] constants"
+_NUMBERS = "float? huber_c, Tensor? huber_t, float[] affine, Tensor?[] affine_t, int? n_groups"
 
 
 def loss_of(batch: Batch, options: Options) -> tuple[Tensor, Tensor]:
@@ -45,28 +47,32 @@ class _Loss(torch.autograd.Function):
     def forward(
         ctx: Any, pred: Tensor, pred_l: Tensor | None, batch: Batch, options: Options
     ) -> tuple[Tensor, Tensor]:
-        _, target, ref, mask, _, _, swap, opaque, _, _, lengths = batch
         link, scalars, huber, reduction, error_reduction, around = options
         huber_c, huber_t = (None, huber) if isinstance(huber, Tensor) else (huber, None)
-        if opaque:
-            numbers = [*scalars, *around.numbers()]
-            values = [0.0 if isinstance(s, Tensor) else s for s in numbers]
-            tensors = [s if isinstance(s, Tensor) else None for s in numbers]
+        n_groups = batch.n_groups if batch.shares_pred else None
+        affine, affine_t = _apart(batch.affine)
+        if batch.intercepted:
+            values, tensors = _apart([*scalars, *around.numbers()])
             there = "".join(str(int(number is not None)) for number in around[1:])
             # by name: importing this module anew replaces the ops
             loss, stats = torch.ops.fastpref.pair_forward(
-                link.key, values, tensors, pred, pred_l, *target, *ref, *mask,
-                huber_c, huber_t, swap, reduction, error_reduction, around.guard, there, lengths,
+                link.key, values, tensors, pred, pred_l, _constants(batch, batch.ref),
+                huber_c, huber_t, affine, affine_t, n_groups, batch.swap, reduction,
+                error_reduction, around.guard, there, batch.lengths,
             )  # fmt: skip
         else:
-            loss, stats = launch.pair_forward(
-                link, scalars, (pred, pred_l), target, ref, mask, swap, huber,
-                reduction, error_reduction, _more(around, lengths),
+            more = _more(
+                batch.base, batch.anchor, batch.affine, batch.lengths, n_groups, around
             )  # fmt: skip
-        ctx.huber_c, ctx.opaque, ctx.link = huber_c, opaque, link
+            loss, stats = launch.pair_forward(
+                link, scalars, (pred, pred_l), batch.target, batch.ref, batch.mask, batch.swap,
+                huber, reduction, error_reduction, more,
+            )  # fmt: skip
+        ctx.numbers = huber_c, affine, n_groups
+        ctx.opaque, ctx.link = batch.intercepted, link
         drift, _ = options.needs
-        read = ref if drift else (None, None)
-        ctx.save_for_backward(stats, huber_t, pred, pred_l, *target, *read, *mask)
+        read = _constants(batch, batch.ref if drift else (None, None))
+        ctx.save_for_backward(stats, huber_t, *affine_t, pred, pred_l, *read)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         return loss, stats
@@ -92,15 +98,42 @@ class _Loss(torch.autograd.Function):
             grad_loss = plain("grad_outputs", grad_loss)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             run = functools.partial(_OnlyOnce.apply, run)
-        stats, huber_t, *read = ctx.saved_tensors
-        grads = run(grad_loss, stats, *read, ctx.huber_c, huber_t, need, need_l, ctx.link.key)
+        huber_c, affine, n_groups = ctx.numbers
+        stats, huber_t, *rest = ctx.saved_tensors
+        affine_t, (pred, pred_l, *constants) = rest[: len(affine)], rest[len(affine) :]
+        grads = run(
+            grad_loss, stats, pred, pred_l, constants, huber_c, huber_t, affine, affine_t,
+            n_groups, need, need_l, ctx.link.key,
+        )  # fmt: skip
         return grads[0] if need else None, grads[-1] if need_l else None, None, None
 
 
-def _more(around: Around, lengths: Tensor | None) -> Any:
-    if around is NOTHING_AROUND and lengths is None:
+def _apart(numbers: Sequence[Any]) -> tuple[list[float], list[Tensor | None]]:
+    """The floats among some numbers, and the tensors."""
+    values = [0.0 if isinstance(number, Tensor) else number for number in numbers]
+    return values, [number if isinstance(number, Tensor) else None for number in numbers]
+
+
+def _together(values: Sequence[float], tensors: Sequence[Tensor | None]) -> list[Any]:
+    return [v if t is None else t for v, t in zip(values, tensors, strict=True)]
+
+
+def _constants(batch: Batch, ref: Any) -> list[Tensor | None]:
+    return [*batch.target, *ref, *batch.mask, *batch.base, *batch.anchor]
+
+
+def _more(
+    base: Any = (None, None),
+    anchor: Any = (None, None),
+    affine: Sequence[Any] = (),
+    lengths: Tensor | None = None,
+    n_groups: int | None = None,
+    around: Around = NOTHING_AROUND,
+) -> Any:
+    absent = base[0] is None and anchor[0] is None and lengths is None and n_groups is None
+    if absent and around is NOTHING_AROUND:
         return launch.NOTHING_MORE
-    return launch.More(lengths=lengths, around=around)
+    return launch.More(tuple(base), tuple(anchor), tuple(affine), lengths, n_groups, around)
 
 
 def errors_of(batch: Batch, options: Options) -> list[Tensor]:
@@ -167,7 +200,7 @@ class _OnlyOnce(torch.autograd.Function):
 @torch.library.custom_op(
     "fastpref::pair_forward",
     mutates_args=(),
-    schema=f"(str link, float[] values, Tensor?[] tensors, {_PREDS}, {_MASK}, bool swap,"
+    schema=f"(str link, float[] values, Tensor?[] tensors, {_OPERANDS}, {_NUMBERS}, bool swap,"
     " str reduction, str error_reduction, str? guard, str there, Tensor? lengths)"
     " -> (Tensor, Tensor)",
 )
@@ -177,14 +210,12 @@ def pair_forward(
     tensors: list[Tensor | None],
     pred: Tensor,
     pred_l: Tensor | None,
-    target: Tensor,
-    target_l: Tensor | None,
-    ref: Tensor | None,
-    ref_l: Tensor | None,
-    mask: Tensor | None,
-    mask_l: Tensor | None,
+    constants: list[Tensor | None],
     huber_c: float | None,
     huber_t: Tensor | None,
+    affine: list[float],
+    affine_t: list[Tensor | None],
+    n_groups: int | None,
     swap: bool,
     reduction: str,
     error_reduction: str,
@@ -193,15 +224,17 @@ def pair_forward(
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """there: of the numbers around the link, which there are, 0 or 1 each."""
-    numbers = [v if t is None else t for v, t in zip(values, tensors, strict=True)]
+    numbers = _together(values, tensors)
     n_link = len(numbers) - there.count("1")
     rest = iter(numbers[n_link:])
     around = Around(guard, *(next(rest) if each == "1" else None for each in there))
-    more = _more(NOTHING_AROUND if "1" not in there else around, lengths)
+    around = NOTHING_AROUND if "1" not in there else around
+    target, ref, mask, base, anchor = zip(constants[::2], constants[1::2], strict=True)
+    more = _more(base, anchor, _together(affine, affine_t), lengths, n_groups, around)
     huber = huber_c if huber_t is None else huber_t
     return launch.pair_forward(
-        link_of(link), numbers[:n_link], (pred, pred_l), (target, target_l), (ref, ref_l),
-        (mask, mask_l), swap, huber, reduction, error_reduction, more,
+        link_of(link), numbers[:n_link], (pred, pred_l), target, ref, mask, swap, huber,
+        reduction, error_reduction, more,
     )  # fmt: skip
 
 
@@ -210,22 +243,22 @@ def _launch_backward(
     stats: Tensor,
     pred: Tensor,
     pred_l: Tensor | None,
-    target: Tensor,
-    target_l: Tensor | None,
-    ref: Tensor | None,
-    ref_l: Tensor | None,
-    mask: Tensor | None,
-    mask_l: Tensor | None,
+    constants: list[Tensor | None],
     huber_c: float | None,
     huber_t: Tensor | None,
+    affine: list[float],
+    affine_t: list[Tensor | None],
+    n_groups: int | None,
     need: bool,
     need_l: bool,
     link: str,
 ) -> list[Tensor]:
     huber = huber_c if huber_t is None else huber_t
+    target, ref, mask, base, anchor = zip(constants[::2], constants[1::2], strict=True)
+    more = _more(base, anchor, _together(affine, affine_t), None, n_groups)
     grads = launch.pair_backward(
-        grad_loss, stats, (pred, pred_l), (target, target_l), (mask, mask_l), huber,
-        (need, need_l), link_of(link), (ref, ref_l),
+        grad_loss, stats, (pred, pred_l), target, mask, huber, (need, need_l), link_of(link), ref,
+        more,
     )  # fmt: skip
     return [grad for grad in grads if grad is not None]
 
@@ -234,27 +267,33 @@ pair_backward = torch.library.custom_op(
     "fastpref::pair_backward",
     _launch_backward,
     mutates_args=(),
-    schema=f"(Tensor grad_loss, Tensor stats, {_PREDS}, {_MASK}, bool need, bool need_l, str link)"
-    " -> Tensor[]",
+    schema=f"(Tensor grad_loss, Tensor stats, {_OPERANDS}, {_NUMBERS}, bool need, bool need_l,"
+    " str link) -> Tensor[]",
 )
 
 
 @pair_forward.register_fake
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    key, (pred, pred_l), ref, reduction = args[0], args[3:5], args[7], args[14]
-    guard, there = args[16:18]
+    key, (pred, pred_l, constants), n_groups, reduction = args[0], args[3:6], args[10], args[12]
+    guard, there = args[14:16]
     link = link_of(key)
+    ref, anchor = constants[2], constants[8]
     n_samples = pred.shape[0]
-    n_groups = n_samples // link.members if pred_l is None else n_samples
+    if n_groups is None:
+        n_groups = n_samples // link.members if pred_l is None else n_samples
     loss = pred.new_empty((n_groups,) if reduction == "none" else (), dtype=torch.float32)
     drift, cross = sums_of(link, guard, there[1] == "1")
-    kinds = (1 if ref is None else 3) + drift
-    rows = launch.rows_of(link.members, kinds, drift, cross)
+    kinds = (1 if ref is None else 3) + drift + (anchor is not None)
+    n_scores = 1
+    if isinstance(link, Group):
+        n_scores = len(link.scores)
+        kinds += 2 * bool(link.mixed)
+    rows = launch.rows_of(link.members, kinds, drift, cross, anchor is not None, n_scores)
     return loss, pred.new_empty((rows, n_groups), dtype=torch.float32)
 
 
 @pair_backward.register_fake
 def _fake_backward(*args: Any) -> list[Tensor]:
-    (pred, pred_l), (need, need_l) = args[2:4], args[12:14]
+    (pred, pred_l), (need, need_l) = args[2:4], args[10:12]
     given = ((pred, need), (pred_l, need_l))
     return [torch.empty_like(t) for t, needed in given if needed and t is not None]

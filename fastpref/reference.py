@@ -5,6 +5,7 @@ differentiable operations instead."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from .sums import (
     cross_of,
     gaps,
     mask_size,
+    mixed,
     of_members,
     over,
     per_sample,
@@ -56,6 +58,8 @@ def loss_of(batch: Batch, options: Options) -> tuple[Tensor, Tensor]:
             around = Around(around.guard, *map(of, around[1:]))
         scalars = [*map(of, options.scalars)]
         options = options._replace(scalars=scalars, huber_c=of(options.huber_c), around=around)
+        if batch.affine:
+            batch = batch._replace(affine=tuple(map(of, batch.affine)))
         if batch.intercepted or transformed():
             loss, stats = loss_differentiably(batch, options)
             return loss, stats.detach()
@@ -73,31 +77,37 @@ def errors_of(batch: Batch, options: Options) -> list[Tensor]:
     return [row for kind in kinds[:2] for row in kind.unbind()]
 
 
+_OPERANDS = ("pred", "target", "ref", "mask", "base", "anchor")  # of a Batch
+
+
 class _ClosedForm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, pred: Tensor, pred_l: Tensor | None, batch: Batch, options: Options
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if batch.is_fp64 else torch.float32
-        sides = sides_of(batch, options.huber_c)
+        sides = sides_of(batch, options)
         kinds = of_members([_sums(side, options, dtype) for side in sides])
         cross = None
         if options.needs[1]:
             cross = cross_of(sides, options.error_reduction, dtype, batch.swap)
         if _in_floats(batch, options):
             loss, factors, margin = _link_in_floats(batch, options, kinds)
+            scores: Sequence[Tensor] = (margin,)
         else:
-            losses, slopes, margin = linked(batch, options, kinds, cross)
+            losses, slopes, scores = linked(batch, options, kinds, cross)
             loss, shares = reduced(losses, options), shares_of(losses, options)
-            none = torch.zeros_like(margin)
+            none = torch.zeros_like(losses)
             factors = torch.stack([torch.stack([none + s for s in each]) for each in slopes])
             factors = torch.where(factors == 0.0, 0.0, factors * shares)
-        made = stats_of(kinds, cross, margin)
-        ctx.factors = factors
-        ctx.rest, ctx.options = batch[4:], options
+        made = stats_of(kinds, cross, scores)
+        ctx.factors, ctx.options = factors, options
+        absent: dict[str, Any] = dict.fromkeys(_OPERANDS, (None, None))
+        ctx.batch = batch._replace(**absent)  # autograd saves those
         # The constants are for autograd to see if somebody changes them.
         huber_t = options.huber_c if isinstance(options.huber_c, Tensor) else None
-        ctx.save_for_backward(huber_t, pred, pred_l, *batch.target, *batch.ref, *batch.mask)
+        of_batch = [t for name in _OPERANDS[1:] for t in getattr(batch, name)]
+        ctx.save_for_backward(huber_t, pred, pred_l, *of_batch)
         ctx.mark_non_differentiable(made)
         ctx.set_materialize_grads(False)
         return loss, made
@@ -110,7 +120,8 @@ class _ClosedForm(torch.autograd.Function):
             grad_loss = grad_loss.clone()
         needed = ctx.needs_input_grad[:2]
         saved = ctx.saved_tensors[1:]
-        batch = Batch(saved[:2], saved[2:4], saved[4:6], saved[6:], *ctx.rest)
+        pairs = zip(saved[::2], saved[1::2], strict=True)
+        batch = ctx.batch._replace(**dict(zip(_OPERANDS, pairs, strict=True)))
         with no_autocast(batch.device):
             if (
                 torch.is_grad_enabled()  # create_graph=True
@@ -165,8 +176,8 @@ def _per_pair(scalar: Scalar, n_pairs: int) -> list[float]:
 def _closed_form(
     batch: Batch, options: Options, factors: Tensor, needed: tuple[bool, bool]
 ) -> list[Tensor | None]:
-    """grad = factor * 2 / size * (pred - target), and with drift that by pred - ref, in the dtype
-    and layout of pred.
+    """grad = factor * 2 / size * (pred - target), and so by the other directions, pred - ref and
+    pred - anchor, in the dtype and layout of pred.
 
     factors: (directions, members, B), slopes times the gradient of the loss. 0 makes a gradient 0,
     whatever the elements.
@@ -175,36 +186,44 @@ def _closed_form(
         torch.empty_like(t) if need and t is not None else None
         for t, need in zip(batch.pred, needed, strict=True)
     ]
-    sides = sides_of(batch, options.huber_c)
+    sides = sides_of(batch, options)
     whole = batch.pred[1] is None
     n = batch.n_groups
+    made = []
     for i, side in enumerate(sides):
         grad = grads[0] if whole else grads[i]
         if grad is None:
             continue
-        if whole and len(sides) == 2:
+        if whole and len(sides) == 2 and not batch.shares_pred:
             grad = grad[i * n : (i + 1) * n]
-        rows = grad.view(side.pred.shape) if not batch.listed else _listed(grad, side.pred, n)
-        first, *drift = factors if len(sides) == 1 else factors[:, i : i + 1]
+        if batch.shares_pred:
+            rows = torch.empty(side.pred.shape, dtype=factors.dtype, device=grad.device)
+        else:
+            rows = grad.view(side.pred.shape) if not batch.listed else _listed(grad, side.pred, n)
+        first, *others = factors if len(sides) == 1 else factors[:, i : i + 1]
         factor = _scaled(first, side, options, 1.0 if options.huber_c is not None else 2.0)
         factor = broadcast(factor, rows)
         plain = side.mask is None and options.huber_c is None
-        if plain and grad.dtype == factor.dtype and not drift:
+        if plain and side.pred.dtype == factor.dtype and not others:
             torch.sub(side.pred, side.target, out=rows).mul_(factor)
             if _may_be_0(factor):
                 rows.masked_fill_(factor == 0, 0.0)
+            made.append(rows)
             continue
         cast = cast_side(side, factor.dtype)
         diff = _off(cast.pred, cast.target, side.mask)
         if options.huber_c is not None:
             diff = over(diff, root(diff, side.huber_c))
-        made = _product(factor, diff if side.mask is None else side.mask * diff)
-        if drift:
-            assert cast.ref is not None
-            factor = broadcast(_scaled(drift[0], side, options, 2.0), rows)
-            moved = _off(cast.pred, cast.ref, side.mask)
-            made = made + _product(factor, moved if side.mask is None else side.mask * moved)
-        rows.copy_(made)
+        total = _product(factor, diff if side.mask is None else side.mask * diff)
+        towards = ([cast.ref] if options.needs[0] else []) + [cast.anchor]
+        for slopes, other in zip(others, towards, strict=False):
+            assert other is not None
+            factor = broadcast(_scaled(slopes, side, options, 2.0), rows)
+            moved = _off(cast.pred, other, side.mask)
+            total = total + _product(factor, moved if side.mask is None else side.mask * moved)
+        made.append(rows.copy_(total))
+    if batch.shares_pred and grads[0] is not None:
+        grads[0].copy_(torch.cat(made).sum(0).view(grads[0].shape))
     return grads
 
 
@@ -251,26 +270,32 @@ def _again(
 
 
 def _sums(side: Side, options: Options, dtype: torch.dtype) -> list[Tensor]:
-    """(S, B) each: errors, and with a reference what they are above its own, those, and the drift.
-    On a CPU, large tensors a sample at a time: fresh memory costs more there than arithmetic."""
+    """(S, B) of each kind of sums, in the kernels' order. On a CPU, large tensors a sample at a
+    time: fresh memory costs more there than arithmetic."""
     shape, on_cpu = side.pred.shape[:2], side.pred.device.type == "cpu"
     if side.pred.numel() > LARGE and on_cpu and shape.numel() > 1:
         each = [_sums(sample, options, dtype) for sample in samples(side)]
         return [torch.cat(kind).view(shape) for kind in zip(*each, strict=True)]
-    pred, target, ref, mask, huber_c = cast_side(side, dtype)
+    pred, target, ref, mask, huber_c, mix, anchor = cast_side(side, dtype)
 
     def of_samples(elements: Tensor) -> Tensor:
         return per_sample(elements, side, options.error_reduction)
 
     plain = huber_c is None
+    of_anchor = [] if anchor is None else [of_samples(_off(pred, anchor, mask).square_())]
     diff = _off(pred, target, mask)
     if ref is None:
-        return [of_samples(diff.square_() if plain else squares(diff, huber_c))]
+        return [of_samples(diff.square_() if plain else squares(diff, huber_c)), *of_anchor]
     elements = squares(diff, huber_c)
     err = of_samples(elements)
     if ref.dim() == 2:
-        return [err, err - ref, ref]
-    drift = [of_samples(_off(pred, ref, mask).square_())] if options.needs[0] else []
+        return [err, err - ref, ref, *of_anchor]
+    rest = []
+    if options.needs[0]:
+        rest.append(of_samples(_off(pred, ref, mask).square_()))
+    if mix is not None:
+        rest += map(of_samples, mixed(_off(ref, target, mask), _off(pred, ref, mask), mix))
+    rest += of_anchor
     if plain and on_cpu and mask is None:
         # (pred - ref) * (pred - target + ref - target), with fewer passes over the memory
         moved = torch.sub(pred, ref, out=elements)
@@ -278,11 +303,11 @@ def _sums(side: Side, options: Options, dtype: torch.dtype) -> list[Tensor]:
         of_ref = err - gap
         if not _far_from_cancelling(of_ref, err):
             of_ref = of_samples((ref - target).square_())
-        return [err, gap, of_ref, *drift]
+        return [err, gap, of_ref, *rest]
     moved = _off(pred, ref, mask)
     diff_ref = _off(ref, target, mask)
     of_ref = of_samples(squares(diff_ref, huber_c))
-    return [err, of_samples(gaps(moved, diff, diff_ref, huber_c)), of_ref, *drift]
+    return [err, of_samples(gaps(moved, diff, diff_ref, huber_c)), of_ref, *rest]
 
 
 def _far_from_cancelling(difference: Tensor, of: Tensor) -> bool:

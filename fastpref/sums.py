@@ -30,6 +30,13 @@ class Options(NamedTuple):
         return sums_of(self.link, self.around.guard, self.around.drift_weight is not None)
 
     @property
+    def mix(self) -> Scalar | None:
+        """What plus and minus are mixed by."""
+        if not isinstance(self.link, Group) or not self.link.mixed:
+            return None
+        return self.scalars[[*self.link.hyper].index(self.link.mixed)]
+
+    @property
     def pair_weight(self) -> Any:
         """That of pairs, or of groups; None where there is none."""
         if isinstance(self.link, Link) and len(self.scalars) > len(self.link.hyper):
@@ -44,29 +51,56 @@ def cast(scalar: Any, dtype: torch.dtype) -> Any:
 
 class Side(NamedTuple):
     """Some samples of every group, (S, B, ...): all members, or of pairs one, S = 1. What a group
-    shares is (1, B, ...). ref may also be errors, (S, B). huber_c: a number, or (S or 1, B)."""
+    shares is (1, B, ...), its predictions expanded. ref may also be errors, (S, B). huber_c, mix: a
+    number, or (S or 1, B)."""
 
     pred: Tensor
     target: Tensor
     ref: Tensor | None
     mask: Tensor | None
     huber_c: Any = None
+    mix: Any = None
+    anchor: Tensor | None = None
 
 
-def sides_of(batch: Batch, huber_c: Any = None) -> list[Side]:
+def sides_of(batch: Batch, options: Options) -> list[Side]:
     """All members together where all operands are whole tensors; or else, of pairs, two sides, in
     the order of pred's."""
-    operands = (batch.pred, batch.target, batch.ref, batch.mask)
-    c = huber_c
-    if isinstance(c, Tensor) and c.dim():
-        c = _rows(c, batch, False)
+    operands = (batch.pred, batch.target, batch.ref, batch.mask, batch.anchor, batch.base)
+    numbers = [_rows_of(n, batch) for n in (options.huber_c, options.mix, *batch.affine)]
     if all(second is None for _, second in operands):
         whole = [first for first, _ in operands]
         flat = all(t is None or t.is_contiguous() for t in whole)  # all elements in one dimension
-        return [Side(*[t if t is None else _rows(t, batch, flat) for t in whole], c)]  # type: ignore[arg-type, call-arg]
-    each = [_of_each(operand, batch.n_groups) for operand in operands]
-    of_each = [c[[i % len(c)]] if isinstance(c, Tensor) and c.dim() else c for i in range(2)]
-    return [Side(*side) for side in zip(*each, of_each, strict=True)]  # type: ignore[arg-type]
+        rows = [t if t is None else _rows(t, batch, flat) for t in whole]
+        return [_side(rows, numbers, batch, batch.members)]
+    each = zip(*[_of_each(operand, batch.n_groups) for operand in operands], strict=True)
+    return [
+        _side([*rows], [_own(number, i) for number in numbers], batch, 1)
+        for i, rows in enumerate(each)
+    ]
+
+
+def _side(rows: list[Tensor | None], numbers: list[Any], batch: Batch, members: int) -> Side:
+    pred, target, ref, mask, anchor, base = rows
+    huber_c, mix, *affine = numbers
+    assert pred is not None
+    assert target is not None
+    if batch.shares_pred:
+        pred = pred.expand(members, *pred.shape[1:])
+    if base is not None:
+        dtype = torch.float64 if batch.is_fp64 else torch.float32
+        a, b = (broadcast(number, base) for number in affine)
+        target = (target.to(dtype) - a * base.to(dtype)) / b
+    return Side(pred, target, ref, mask, huber_c, mix, anchor)
+
+
+def _rows_of(number: Any, batch: Batch) -> Any:
+    """Of each sample, (S, B), or of each group, (1, B); or one."""
+    return _rows(number, batch, False) if isinstance(number, Tensor) and number.dim() else number
+
+
+def _own(number: Any, i: int) -> Any:
+    return number[[i % len(number)]] if isinstance(number, Tensor) and number.dim() else number
 
 
 def _rows(tensor: Tensor, batch: Batch, flat: bool) -> Tensor:
@@ -102,8 +136,10 @@ def samples(side: Side) -> list[Side]:
 
 
 def cast_side(side: Side, dtype: torch.dtype) -> Side:
-    tensors = [t if t is None or t.dtype == dtype else t.to(dtype) for t in side[:3]]
-    return Side(*tensors, *side[3:])  # type: ignore[arg-type, call-arg]
+    pred, target, ref, anchor = (
+        t if t is None or t.dtype == dtype else t.to(dtype) for t in (*side[:3], side.anchor)
+    )
+    return side._replace(pred=pred, target=target, ref=ref, anchor=anchor)  # type: ignore[arg-type]
 
 
 def per_sample(elements: Tensor, side: Side, error_reduction: str) -> Tensor:
@@ -159,6 +195,13 @@ def gaps(moved: Tensor, diff: Tensor, diff_ref: Tensor, huber_c: Any) -> Tensor:
     return gaps if huber_c is None else over(gaps, root(diff, huber_c) + root(diff_ref, huber_c))
 
 
+def mixed(off: Tensor, moved: Tensor, mix: Any) -> tuple[Tensor, Tensor]:
+    """The elements of plus and minus: of the reference's distance from the target, mixed with that
+    of the prediction from the reference."""
+    moved = broadcast(mix, moved) * moved
+    return (off + moved).abs(), (off - moved).abs()
+
+
 def cross_of(sides: Sequence[Side], error_reduction: str, dtype: torch.dtype, swap: bool) -> Tensor:
     """(B,) of pairs: the mean product of what both predictions are off their targets, which both
     masks weigh, over the loser's size."""
@@ -184,9 +227,10 @@ def of_members(sums: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [*sums[0]] if len(sums) == 1 else [torch.cat(kind) for kind in zip(*sums, strict=True)]
 
 
-def stats_of(kinds: Sequence[Tensor], cross: Tensor | None, margin: Tensor) -> Tensor:
+def stats_of(kinds: Sequence[Tensor], cross: Tensor | None, scores: Sequence[Tensor]) -> Tensor:
     """(rows, B), as the kernels have them."""
-    return torch.cat([*kinds, *([] if cross is None else [cross[None]]), margin[None]])
+    rows = [*([] if cross is None else [cross]), *scores]
+    return torch.cat([*kinds, *(row[None] for row in rows)])
 
 
 def swapped(two: Tensor, swap: bool) -> Tensor:

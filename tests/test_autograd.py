@@ -11,8 +11,14 @@ from torch import Tensor
 
 import fastpref
 from fastpref.dispatch import Impl
-from fastpref_kernels import LINKS
+from fastpref_kernels import LINKS, Link
 from fastpref_kernels.groups import DSPO, RANKDPO
+from fastpref_kernels.knobs import sums_of
+from fastpref_kernels.links import Group
+from fastpref_kernels.steps import GRPO, NFT, STEP_DPO
+
+Operand = tuple[Tensor | None, Tensor | None]
+ABSENT: Operand = (None, None)
 
 
 @pytest.fixture
@@ -139,11 +145,29 @@ def test_compile_other_batch_sizes(form: str, impl: Impl, device: torch.device) 
         torch.testing.assert_close(got, wanted)
 
 
-def check_ops(forward: tuple[Any, ...], operands: tuple[Any, ...], halves: bool) -> None:
+def check_ops(
+    link: Link | Group,
+    numbers: list[Any],
+    operands: list[Operand],
+    huber_c: float | None,
+    options: tuple[Any, ...],
+    affine: tuple[float, ...] = (),
+    n_groups: int | None = None,
+) -> None:
+    """operands: pred, target, ref, mask, base, anchor. options: swap and what follows it."""
+    (pred, pred_l), *others = [*operands, *[ABSENT] * (6 - len(operands))]
+    given = (pred, pred_l, [t for each in others for t in each])
+    around = (huber_c, None, [*affine], [None] * len(affine), n_groups)
+    tensors = [each if isinstance(each, Tensor) else None for each in numbers]
+    values = [0.0 if isinstance(each, Tensor) else each for each in numbers]
+    forward = (link.key, values, tensors, *given, *around, *options)
     torch.library.opcheck(torch.ops.fastpref.pair_forward.default, forward)
     loss, stats = torch.ops.fastpref.pair_forward(*forward)
-    backward = (torch.ones_like(loss), stats, *operands, *forward[11:13], True, halves)
-    backward += (forward[0],)
+    needed = (True, pred_l is not None)
+    if not sums_of(link, None, options[4][1] == "1")[0]:  # pred - ref is no direction
+        others[1] = ABSENT
+    given = (pred, pred_l, [t for each in others for t in each])
+    backward = (torch.ones_like(loss), stats, *given, *around, *needed, link.key)
     torch.library.opcheck(torch.ops.fastpref.pair_backward.default, backward)
 
 
@@ -156,70 +180,48 @@ def test_opcheck(shared: bool, halves: bool, device: torch.device) -> None:
     target = target.transpose(1, 2)
     targets = (target, None) if shared else (target, target.half() + 1)
     beta = torch.tensor(0.1, device=device)
+    plain = (None, "0000", None)
+    masks = (target > 0, None)
     for reduction in ("mean", "none"):
-        tensors = [None, None, beta if reduction == "none" else None]
-        numbers = [0.5, 1000.0, 0.1]
-        absent = (None, None)
-        options: tuple[Any, ...] = (None, None, False, reduction, "mean", None, "0000", None)
-        operands = (*preds, *targets, *absent, *absent)
-        forward = (
-            LINKS["mapo"].key,
-            numbers,
-            tensors,
-            *preds,
-            *targets,
-            *absent,
-            *absent,
-            *options,
-        )
-        check_ops(forward, operands, halves)
-        masks = (target > 0, None)
-        operands = (*preds, *targets, *absent, *masks)
+        numbers = [0.5, 1000.0, beta if reduction == "none" else 0.1]
+        options: tuple[Any, ...] = (False, reduction, "mean", *plain)
+        check_ops(LINKS["mapo"], numbers, [preds, targets], None, options)
         errors = torch.rand(6, device=device)
         for ref in (preds, (errors, None)):
-            options = (0.5, None, True, reduction, "sum", None, "0000", None)
-            forward = (
-                LINKS["dpo_sigmoid"].key,
-                [0.1],
-                [None],
-                *preds,
-                *targets,
-                *ref,
-                *masks,
-                *options,
-            )
-            check_ops(forward, operands, halves)
-    around = (None, None, False, "dro", "mean", "batch", "1101", None)
-    guarded: tuple[Any, ...] = (LINKS["dpo_sigmoid"].key, [0.1, 0.3, 0.2, 2.0], [None] * 4)
-    operands = (*preds, *targets, *preds, *masks)
-    check_ops((*guarded, *operands, *around), operands, halves)
+            options = (True, reduction, "sum", *plain)
+            check_ops(LINKS["dpo_sigmoid"], [0.1], [preds, targets, ref, masks], 0.5, options)
+    operands = [preds, targets, preds, masks]
+    options = (False, "dro", "mean", "batch", "1101", None)
+    check_ops(LINKS["dpo_sigmoid"], [0.1, 0.3, 0.2, 2.0], operands, None, options)
 
     # DSPO's link takes the drift, and a safeguard the cross sums
-    around = (None, None, False, "mean", "mean", "pair", "1000", None)
-    of_dspo: tuple[Any, ...] = (DSPO.key, [2.0, 0.5], [None] * 2)
-    check_ops((*of_dspo, *operands, *around), operands, halves)
+    options = (False, "mean", "mean", "pair", "1000", None)
+    check_ops(DSPO, [2.0, 0.5], operands, None, options)
 
 
 def test_opcheck_of_lists(device: torch.device) -> None:
     pred, target, ref = torch.randn(3, 8, 5, device=device)
     scores, lengths = torch.rand(2, 4, device=device), torch.tensor([4, 2], device=device)
-    link = RANKDPO[4]
-    absent = (None, None)
-    tensors = [None, scores, torch.rand(2, device=device)]
-    forward: tuple[Any, ...] = (
-        link.key,
-        [5.0] * 3,
-        tensors,
-        pred,
-        None,
-        target,
-        None,
-        ref,
-        None,
-        *absent,
-    )
-    forward += (None, None, False, "none", "mean", None, "0010", lengths)
-    check_ops(forward, (pred, None, target, None, *absent, *absent), False)
+    numbers = [5.0, scores, torch.rand(2, device=device)]
+    options = (False, "none", "mean", None, "0010", lengths)
+    operands = [(pred, None), (target, None), (ref, None)]
+    check_ops(RANKDPO[4], numbers, operands, None, options)
+
+
+def test_opcheck_of_steps(device: torch.device) -> None:
+    pred, old, x, x_next, ref, other = torch.randn(6, 3, 5, device=device)
+    numbers: list[Any] = [torch.rand(3, device=device), 5.0, 0.1, 0.2, 0.5, 2.0, 0.5]
+    operands = [(pred, None), (x_next, None), (old, None), ABSENT, (x, None), (ref, None)]
+    options = (False, "none", "mean", None, "0000", None)
+    numbers += [0.1, 0.5, 1.0, 1.0, 1.0]
+    check_ops(GRPO["clip"][1], numbers, operands, None, options, (0.9, 0.5))
+    numbers = [torch.rand(3, device=device), 1.0, 0.5, 0.1]
+    operands[4] = ABSENT
+    check_ops(NFT[True][1], numbers, operands, None, options)
+    # two steps from one prediction
+    numbers = [10.0, 0.5, 0.5, 2.0, 2.0, 0.5, 0.5, 0.1]
+    operands = [(pred, None), (x_next, other), (old, None), ABSENT, (x, None)]
+    check_ops(STEP_DPO[1], numbers, operands, None, options, (0.9, 0.5), 3)
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])

@@ -78,7 +78,7 @@ def _nft(sums, cross, scalars, batch):
     loss += l * (err - (1.0 + beta) * gap + beta * (1.0 + beta) * drift) + kl * anchor
     by_err = w * beta - l * beta
     by_drift = l * beta * (1.0 + beta) - w * beta * (1.0 - beta)
-    return loss, ((by_err, by_drift, kl + 0.0 * err),), reward
+    return loss, ((by_err, by_drift, kl + 0.0 * err),), (reward,)
 
 
 def nft() -> Case:
@@ -94,10 +94,9 @@ def nft() -> Case:
         return (loss + kl * mean((p - of.a).square())).mean(), rate
 
     link = Group(
-        _nft, {"reward": HYPER, "beta": HYPER, "kl": HYPER}, drift=True, mixed=True,
+        _nft, {"reward": HYPER, "beta": HYPER, "kl": HYPER}, drift=True, mixed="beta",
     )  # fmt: skip
-    more = launch.More(mix=beta)
-    return Case(link, [reward, beta, kl], tensors, formula, ref=True, more=more, anchor=True)
+    return Case(link, [reward, beta, kl], tensors, formula, ref=True, anchor=True)
 
 
 # Flow-GRPO: a sampler's step, whose log-ratio is the gap with target (x' - a x) / b ---------------
@@ -113,7 +112,7 @@ def _clipped_ratio(sums, cross, scalars, batch):
     )
     free, held = -advantage * ratio, -advantage * bounded
     slope = tl.where(free >= held, advantage * weight * ratio, 0.0)
-    return tl.where(free >= held, free, held), ((slope,),), ratio
+    return tl.where(free >= held, free, held), ((slope,),), (ratio,)
 
 
 def clipped_ratio() -> Case:
@@ -131,7 +130,7 @@ def clipped_ratio() -> Case:
         return torch.maximum(-advantage.double() * ratio, held).mean(), ratio
 
     link = Group(_clipped_ratio, {"advantage": HYPER, "weight": HYPER, "clip": HYPER})
-    more = launch.More(affine=(a, 1 / b))
+    more = launch.More(affine=(a, b))
     return Case(
         link, [advantage, weight, clip], tensors, formula, ref=True, more=more, base=True
     )  # fmt: skip
@@ -154,7 +153,7 @@ def _kto(sums, cross, scalars, batch):
     label, beta = scalars
     baseline = tl.where(batch > 0.0, batch, 0.0)
     win, lose = sigmoids(label * beta * (-sums[0][1] - baseline))
-    return lose, ((win * lose * label * beta,),), -sums[0][1] - baseline
+    return lose, ((win * lose * label * beta,),), (-sums[0][1] - baseline,)
 
 
 def kto() -> Case:
@@ -182,7 +181,7 @@ def _ranked(sums, scores, order, scalars, active):
     loss = tl.sum(tl.sum(tl.where(ordered, value, 0.0), axis=2), axis=1)
     slope = tl.where(ordered, slope, 0.0)
     first = tl.sum(tl.where(order == 0, sums[1], 0.0), axis=1)
-    return loss, (scalars[0] * (tl.sum(slope, axis=2) - tl.sum(slope, axis=1)),), first
+    return loss, (scalars[0] * (tl.sum(slope, axis=2) - tl.sum(slope, axis=1)),), (first,)
 
 
 def ranked() -> Case:
@@ -216,7 +215,7 @@ def _dspo(sums, cross, scalars, batch):
     none = 0.0 * err
     loss = err - c * (gap_w + drift) + c * c * drift
     slopes = ((1.0 - c + by_c * bend, c * c - c), (-by_c * bend, none))
-    return loss, slopes, gap_l - gap_w
+    return loss, slopes, (gap_l - gap_w,)
 
 
 def dspo() -> Case:
@@ -243,7 +242,7 @@ def _guarded(sums, cross, scalars, batch):
     """A loser that pulls less where its gradient points the winner's way; the factor detached."""
     w, l = sums[0][0], sums[1][0]
     factor = tl.where(cross > 0.0, scalars[0] * w / tl.where(cross > 0.0, cross, 1.0), 1.0)
-    return w - factor * l, ((1.0 + 0.0 * w,), (-factor,)), factor
+    return w - factor * l, ((1.0 + 0.0 * w,), (-factor,)), (factor,)
 
 
 def guarded() -> Case:
@@ -266,7 +265,7 @@ def _between(sums, cross, scalars, batch):
     """softplus of how much nearer one prediction is to a winner than to a loser."""
     value, slope = softplus_and_slope(scalars[0] * (sums[0][0] - sums[1][0]))
     slope = scalars[0] * slope
-    return value, ((slope,), (-slope,)), sums[1][0] - sums[0][0]
+    return value, ((slope,), (-slope,)), (sums[1][0] - sums[0][0],)
 
 
 def shared_prediction() -> Case:
@@ -287,7 +286,7 @@ def shared_prediction() -> Case:
 def _dpo(sums, cross, scalars, batch):
     value, slope = softplus_and_slope(scalars[0] * (sums[0][1] - sums[1][1]))
     slope = scalars[0] * slope
-    return value, ((slope,), (-slope,)), value
+    return value, ((slope,), (-slope,)), (value,)
 
 
 def robust() -> Case:

@@ -91,11 +91,21 @@ def hubers_of(huber, group, MEMBERS: tl.constexpr):
 
 
 @triton.jit
-def affine_target(goal, base, affine, group, n_groups, M: tl.constexpr, MEMBERS: tl.constexpr):
+def affine_of(affine, group, MEMBERS: tl.constexpr):
+    """(a, 1 / b) of each member, from (values, tensors, strides by groups, strides by members)."""
+    found = ()
+    if len(affine) > 0:
+        values, tensors, by_group, by_member = affine
+        for m in tl.static_range(MEMBERS):
+            a = scalar_of(values[0], tensors[0], 1, group * by_group[0] + m * by_member[0], True)
+            b = scalar_of(values[1], tensors[1], 1, group * by_group[1] + m * by_member[1], True)
+            found = found + ((a, 1.0 / b),)  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def affine_target(goal, base, a, inverse):
     """The target whose prediction takes a sampler from x to x' = a x + b pred: (x' - a x) / b."""
-    row = group * MEMBERS + M
-    a = scalar_of(affine[0][0], affine[1][0], affine[2][0], row, True)
-    inverse = scalar_of(affine[0][1], affine[1][1], affine[2][1], row, True)
     return (goal - a * base) * inverse
 
 

@@ -37,7 +37,7 @@ def _kto(sums, cross, scalars, batch):
     reward, sign, weight = _of_kto(sums, scalars, batch)
     z = sign * scalars[0] * reward
     p, rest = sigmoids(z)
-    return times(weight, rest), ((times(weight, sign * scalars[0] * p * rest),),), z
+    return times(weight, rest), ((times(weight, sign * scalars[0] * p * rest),),), (z,)
 
 
 @jit
@@ -45,7 +45,7 @@ def _loss_averse(sums, cross, scalars, batch):
     reward, sign, weight = _of_kto(sums, scalars, batch)
     z = sign * scalars[0] * reward
     value, slope = softplus_and_slope(-z)
-    return times(weight, 1.0 + value), ((times(weight, sign * scalars[0] * slope),),), z
+    return times(weight, 1.0 + value), ((times(weight, sign * scalars[0] * slope),),), (z,)
 
 
 @jit
@@ -53,15 +53,15 @@ def _risk_seeking(sums, cross, scalars, batch):
     reward, sign, weight = _of_kto(sums, scalars, batch)
     z = sign * scalars[0] * reward
     value, slope = softplus_and_slope(z)
-    return times(weight, 1.0 - value), ((times(weight, sign * scalars[0] * slope),),), z
+    return times(weight, 1.0 - value), ((times(weight, sign * scalars[0] * slope),),), (z,)
 
 
 @jit
 def _risk_seeking_1(sums, cross, scalars, batch):
     reward, sign, weight = _of_kto(sums, scalars, batch)
     value, slope = softplus_and_slope(scalars[0] * reward)
-    slope = sign * scalars[0] * slope
-    return times(weight, 1.0 - sign * value), ((times(weight, slope),),), sign * scalars[0] * reward
+    slope = times(weight, sign * scalars[0] * slope)
+    return times(weight, 1.0 - sign * value), ((slope,),), (sign * scalars[0] * reward,)
 
 
 @jit
@@ -72,7 +72,7 @@ def _risk_seeking_2(sums, cross, scalars, batch):
     value = tl.exp(tl.where(bounded, 80.0, z))
     slope = tl.where(bounded, 0.0, 0.01 * sign * scalars[0] * value)
     loss = times(weight, 2.0 - sign * value)
-    return loss, ((times(weight, slope),),), 100.0 * sign * z
+    return loss, ((times(weight, slope),),), (100.0 * sign * z,)
 
 
 def _weight_of_kto(beta, desirable, undesirable, label, *_):
@@ -117,7 +117,7 @@ def _signed(gap, sign, weight, beta):
     """weight * softplus(-u), with u = sign * beta * reward."""
     u = -sign * beta * gap
     value, slope = softplus_and_slope(-u)
-    return times(weight, value), ((times(weight, sign * beta * slope),),), u
+    return times(weight, value), ((times(weight, sign * beta * slope),),), (u,)
 
 
 @jit
@@ -191,7 +191,7 @@ def _rankdpo(sums, scores, order, scalars, active):
     loss = tl.sum(tl.sum(times(weight, value), axis=2), axis=1)
     pull = times(weight, slope)
     slopes = beta * (tl.sum(pull, axis=2) - tl.sum(pull, axis=1))
-    return loss, (slopes,), _mean_lead(lead, ordered)
+    return loss, (slopes,), (_mean_lead(lead, ordered),)
 
 
 @jit
@@ -208,7 +208,7 @@ def _plackett_luce(sums, scores, order, scalars, active):
     loss = tl.sum(tl.where(active, high + tl.log(total) - c, 0.0), axis=1)
     share = share / total[:, :, None]
     slopes = -scalars[0] * (tl.sum(share, axis=1) - tl.where(active, 1.0, tl.zeros_like(c)))
-    return loss, (slopes,), _mean_lead(c_j - c_i, below & (score_i != score_j))
+    return loss, (slopes,), (_mean_lead(c_j - c_i, below & (score_i != score_j)),)
 
 
 LONGEST = 16  # members of a list
@@ -246,14 +246,14 @@ def _dspo(sums, cross, scalars, batch):
     by_c = 2.0 * c * drift - gap - drift
     loss = err - c * (gap + drift) + c * c * drift
     none = tl.zeros_like(err)
-    return loss, ((1.0 - c + by_c * bend, c * c - c), (-by_c * bend, none)), margin
+    return loss, ((1.0 - c + by_c * bend, c * c - c), (-by_c * bend, none)), (margin,)
 
 
 @jit
 def _errors(sums, cross, scalars, batch):
     """Nothing but the sums: the slope of each error by itself is 1."""
     none = tl.zeros_like(sums[0][0])
-    return none, ((none + 1.0,), (none + 1.0,)), none
+    return none, ((none + 1.0,), (none + 1.0,)), (none,)
 
 
 DSPO = Group(_dspo, {"beta": Hyper(0.001)}, members=2, drift=True, huber=False, name="dspo")

@@ -34,16 +34,14 @@ ABSENT: Operand = (None, None)
 
 
 class More(NamedTuple):
-    """What only some links take. base, affine: the target is (target - a base) * inverse_b, with a
-    and inverse_b as numbers or tensors of a row each; the members of a group follow one another
-    there. anchor: another model's predictions. mix: what `plus` and `minus` mix with. lengths: (B,)
-    integers, how many members a group has. n_groups: where pred's rows do not tell. around: what is
-    done around the link."""
+    """What only some links take. base, affine = (a, b): the target is (target - a base) / b, with a
+    and b as numbers, or tensors of one for all, for each group or for each sample, in the order of
+    pred. anchor: another model's predictions. lengths: (B,) integers, how many members a group has.
+    n_groups: where pred's rows do not tell. around: what is done around the link."""
 
     base: Operand = ABSENT
     anchor: Operand = ABSENT
     affine: tuple[float | Tensor, ...] = ()
-    mix: float = 0.0
     lengths: Tensor | None = None
     n_groups: int | None = None
     around: Around = NOTHING_AROUND
@@ -112,12 +110,13 @@ def pair_forward(
     )  # fmt: skip
     values, tensors, strides = _scalars(scalars)
     huber, of_huber = _huber(huber_c, plan, link)
-    affine = _scalars(more.affine) if more.affine else ()
-    numbers = (more.lengths, values, tensors, strides, huber, affine, more.mix)
+    affine = _affine(more.affine, plan, link)
+    numbers = (more.lengths, values, tensors, strides, huber, affine)
     seen = (*tensors, *of_huber)
     strides += huber[2:]
     if not plain:
         seen += (more.lengths, *(affine[1] if affine else ()))
+        strides += sum(affine[2:], ())
     _launch(pair.pair_fwd, plan, device, pointers, numbers, seen, strides)
     return loss, stats
 
@@ -159,11 +158,13 @@ def pair_backward(
         grads, grad_loss, stats,
     )  # fmt: skip
     huber, seen = _huber(huber_c, plan, link)
-    affine = _scalars(more.affine) if more.affine else ()
+    affine = _affine(more.affine, plan, link)
     numbers = (huber, affine, 0 if grad_loss.dim() == 2 else _stride(grad_loss))
+    strides = huber[2:]
     if affine:
         seen = (*seen, *affine[1])
-    _launch(pair.pair_bwd, plan, stats.device, pointers, numbers, seen, huber[2:])
+        strides += sum(affine[2:], ())
+    _launch(pair.pair_bwd, plan, stats.device, pointers, numbers, seen, strides)
     return grad, grad_l
 
 
@@ -193,18 +194,20 @@ def _plan_forward(
     n_link = n_scalars - (guard is not None) - drift_weighs - weighted - heated
     drift, cross = sums_of(link, guard, drift_weighs)
     of_link: tuple[Any, ...]
-    mixed = False
+    mix, n_scores = None, 1
     if isinstance(link, Group):
         first = link.first and link.first.triton
         of_link = (link.triton, first, None, None, 0, 0, n_link, 0.0)
-        mixed = link.mixed
+        n_scores = len(link.scores)
+        if link.mixed:
+            mix = [*link.hyper].index(link.mixed)
     else:
         of_link = (None, None, link.score.triton, link.shape.triton,
                    len(link.score.hyper), len(link.hyper), n_link, link.sft_weight)  # fmt: skip
     listed = 0
     if isinstance(link, Group) and link.listed and members > 1:
         listed = triton.next_power_of_2(members)
-    kinds = 1 + 2 * paired + drift + 2 * mixed + (anchor[0] is not None)
+    kinds = 1 + 2 * paired + drift + 2 * (mix is not None) + (anchor[0] is not None)
     shown = kinds + 2 * ref_errors
     mean = error_reduction == "mean"
     counts = (1 if forms[3] == "shared" else members) if forms[3] and mean else 0
@@ -215,7 +218,7 @@ def _plan_forward(
             sizes, *strides, 1.0 / n_groups if reduction == "mean" else 1.0,
             *of_link, swap, guard, weighted, heated, reduction != "none", mean, members, listed,
             forms[0], forms[1], forms[2], ref_errors, *forms[3:],
-            drift, mixed, cross, wide, BLOCK, PAIRS, PARTS,
+            drift, mix, cross, wide, BLOCK, PAIRS, PARTS,
         ),
         launchers={},
         scattered=scattered,
@@ -223,7 +226,7 @@ def _plan_forward(
         members=members,
         ticket=True,
         loss=(n_groups,) if reduction == "none" else (),
-        stats=(rows_of(members, shown, drift, cross, anchor[0] is not None), n_groups),
+        stats=(rows_of(members, shown, drift, cross, anchor[0] is not None, n_scores), n_groups),
         partials=((members * kinds + counts + cross) * n_groups * n_programs,),
     )  # fmt: skip
 
@@ -262,10 +265,12 @@ def _kinds_of(around: Around) -> tuple[str | None, bool, bool, bool]:
     return around.guard, *(number is not None for number in numbers)  # type: ignore[return-value]
 
 
-def rows_of(members: int, kinds: int, drift: bool, cross: bool, anchor: bool = False) -> int:
-    """Rows of stats: sums, cross, score, and factors."""
+def rows_of(
+    members: int, kinds: int, drift: bool, cross: bool, anchor: bool = False, n_scores: int = 1
+) -> int:
+    """Rows of stats: sums, cross, scores, and factors."""
     directions = 1 + drift + anchor
-    return members * kinds + cross + 1 + members * directions
+    return members * kinds + cross + n_scores + members * directions
 
 
 def _operands(laid: Sequence[Laid | None]) -> list[Operand]:
@@ -325,12 +330,30 @@ def _huber(
         return (), ()
     if not isinstance(huber_c, Tensor):
         return (float(huber_c),), (None,)
-    stride = _stride(huber_c)
-    if huber_c.dim() == 0 or len(huber_c) == plan.n_groups:
-        return (0.0, huber_c, stride, 0), (huber_c,)
+    return (0.0, huber_c, *_strides_of_samples(huber_c, plan, link)), (huber_c,)
+
+
+def _affine(
+    numbers: tuple[float | Tensor, ...], plan: Plan, link: Link | Group | None
+) -> tuple[Any, ...]:
+    """The kernels' argument."""
+    if not numbers:
+        return ()
+    values, tensors, _ = _scalars(numbers)
+    strides = [_strides_of_samples(t, plan, link) for t in tensors]
+    return values, tensors, *zip(*strides, strict=True)
+
+
+def _strides_of_samples(
+    numbers: Tensor | None, plan: Plan, link: Link | Group | None
+) -> tuple[int, int]:
+    """By groups and by members, of one number for all, for each group, or for each sample."""
+    stride = _stride(numbers)
+    if numbers is None or numbers.dim() == 0 or len(numbers) == plan.n_groups:
+        return stride, 0
     if isinstance(link, Group) and link.listed:
-        return (0.0, huber_c, stride * plan.members, stride), (huber_c,)
-    return (0.0, huber_c, stride, stride * plan.n_groups), (huber_c,)
+        return stride * plan.members, stride
+    return stride, stride * plan.n_groups
 
 
 def _programs(n_pairs: int, n_elements: int) -> int:

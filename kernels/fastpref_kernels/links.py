@@ -148,24 +148,26 @@ class Group(_Text):
     """A link on all sums of the members of a group, for what needs more than errors and gaps of
     pairs. Of single samples, or of pairs, all first members of which come before all second ones:
 
-        (sums, cross, scalars, batch) -> (loss, slopes, score)
+        (sums, cross, scalars, batch) -> (loss, slopes, scores)
 
     sums: of each member (err, gap, ref, drift, plus, minus, anchor), as far as there are any: see
         the kernels. cross: of both members of a pair. scalars: the hyper-parameters. batch: the
         mean over the batch of what `first` makes of a group.
     slopes: for each member, by err or gap, by drift, and by anchor; batch is a constant.
+    scores: a number of the group for each name in `scores`, for metrics.
 
     Of `listed` groups, lists whose members follow one another, with (B, K) tensors:
 
-        (sums, of_members, order, scalars, active) -> (loss, slopes, score)
+        (sums, of_members, order, scalars, active) -> (loss, slopes, scores)
 
     sums: err, gap, ref, ..., each (B, K). of_members: a number that each member has, (B, K). order:
         the members' numbers, (1, K). scalars: numbers, or (B, 1). active: which members there are,
         (B, K); the sums and numbers of others are 0.
-    slopes: (B, K) for each direction. loss and score: (B,).
+    slopes: (B, K) for each direction. loss and scores: (B,).
 
     hyper: one number for all groups, or one for each. of_members: the one for each member, by name.
-    members: how many. drift, mixed, cross: whether these sums are needed. huber: whether the link
+    members: how many. drift, cross: whether these sums are needed. mixed: the hyper-parameter by
+    which plus and minus are mixed, "" where they are not needed. huber: whether the link
     is right for errors that are no squares. live: of the hyper-parameters, whether a group has a
     gradient at all; see knobs.live.
     """
@@ -175,9 +177,10 @@ class Group(_Text):
     listed: bool = False
     needs_ref: bool = True
     drift: bool = False
-    mixed: bool = False
+    mixed: str = ""
     cross: bool = False
     huber: bool = True
+    scores: tuple[str, ...] = ("margin",)
     first: First | None = None
     live: Callable[..., Any] = lambda *hyper: True
     name: str = "link"

@@ -184,10 +184,10 @@ def _losses(
             value += times(number, 0.5 * (sums[0][3] + sums[1][3]))
             slope = 0.5 * number + tl.zeros_like(value)
             of_w, of_l = (slope_w, slope), (slope_l, slope)
-        return value, (of_l, of_w) if SWAP else (of_w, of_l), score
+        return value, (of_l, of_w) if SWAP else (of_w, of_l), (score,)
     else:
         scalars = _scalars(values, tensors, strides, group, n_groups, 0, N_LINK)
-        value, slopes, score = LINK(sums, cross, scalars, batch)
+        value, slopes, scores = LINK(sums, cross, scalars, batch)
         if GUARD is not None:
             guard = _guard(guard, sums[0][0], cross, values, tensors, strides, group, n_groups,
                            N_LINK, GUARD)  # fmt: skip
@@ -206,7 +206,7 @@ def _losses(
                     each = each + (times(weight, slopes[m][d]),)  # noqa: RUF005
                 weighted = weighted + (each,)  # noqa: RUF005
             slopes = weighted
-        return value, slopes, score
+        return value, slopes, scores
 
 
 @triton.jit
@@ -232,7 +232,7 @@ def _list_losses(
         numbers = numbers + ((none + scalars[i])[:, None],)  # noqa: RUF005
     rows = tensors[LAST] + group[:, None].to(tl.int64) * strides[LAST][0]
     of_members = tl.load(rows + member * strides[LAST][1], mask=active, other=0.0).to(tl.float32)
-    value, slopes, score = LINK(sums, of_members, member, numbers, active)
+    value, slopes, scores = LINK(sums, of_members, member, numbers, active)
     if WEIGHTED:
         (weight,) = _scalars(values, tensors, strides, group, n_groups, N_LINK, N_LINK + 1)
         value = times(weight, value)
@@ -240,7 +240,7 @@ def _list_losses(
         for d in tl.static_range(len(slopes)):
             weighted = weighted + (times((none + weight)[:, None], slopes[d]),)  # noqa: RUF005
         slopes = weighted
-    return value, slopes, score, active
+    return value, slopes, scores, active
 
 
 @triton.jit
@@ -266,22 +266,22 @@ def _linked(
             partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
             MEMBERS, LISTED, KINDS, COUNTS, MEAN, REF_ERRORS, GROUPS, PARTS,
         )  # fmt: skip
-        value, slopes, score, active = _list_losses(
+        value, slopes, scores, active = _list_losses(
             sums, lengths, values, tensors, strides, group, n_groups,
             LINK, N_LINK, WEIGHTED, MEMBERS, LISTED, GROUPS,
         )  # fmt: skip
-        return sums, tl.where(active, sizes, 0.0), 0.0, value, slopes, score
+        return sums, tl.where(active, sizes, 0.0), 0.0, value, slopes, scores
     else:
         sums, sizes, cross = _group_sums(
             partials, ref, ref_strides, group, n_groups, n_elements, n_programs,
             MEMBERS, KINDS, COUNTS, CROSS, MEAN, REF, REF_ERRORS, SWAP, GROUPS, PARTS,
         )  # fmt: skip
-        value, slopes, score = _losses(
+        value, slopes, scores = _losses(
             sums, cross, batch, guard, values, tensors, strides, group, n_groups,
             LINK, SCORE, SHAPE, N_SCORE, N_HYPER, N_LINK, SFT_WEIGHT, SWAP, GUARD, DRIFT,
             WEIGHTED, REF, MEMBERS,
         )  # fmt: skip
-        return sums, sizes, cross, value, slopes, score
+        return sums, sizes, cross, value, slopes, scores
 
 
 @triton.jit
@@ -373,7 +373,7 @@ def finish(
     for first in range(0, n_groups, GROUPS):
         group = first + tl.arange(0, GROUPS)
         inside = group < n_groups
-        sums, sizes, cross, value, slopes, score = _linked(
+        sums, sizes, cross, value, slopes, scores = _linked(
             group, batch, guard,
             partials, ref, lengths, values, tensors, strides, n_groups, n_elements, n_programs,
             ref_strides, LINK, SCORE, SHAPE, N_SCORE, N_HYPER, N_LINK, SFT_WEIGHT, SWAP, GUARD,
@@ -391,8 +391,10 @@ def finish(
             for kind in tl.static_range(len(sums)):
                 tl.store(rows, sums[kind], mask=there)
                 rows += MEMBERS * n_groups
-            tl.store(stats + group + len(sums) * MEMBERS * n_groups, score, mask=inside)
-            rows += n_groups
+            for i in tl.static_range(len(scores)):
+                row = stats + group + (len(sums) * MEMBERS + i) * n_groups
+                tl.store(row, scores[i], mask=inside)
+            rows += len(scores) * n_groups
             each = (tl.zeros([GROUPS], tl.float32) + share)[:, None]
             for d in tl.static_range(DIRECTIONS):
                 scale = each if HUBER and d == 0 else 2.0 * each
@@ -406,7 +408,10 @@ def finish(
             if CROSS:
                 tl.store(rows, cross, mask=inside)
                 rows += n_groups
-            tl.store(rows, score, mask=inside)
+            for i in tl.static_range(len(scores)):
+                if i > 0:
+                    rows += n_groups
+                tl.store(rows, scores[i], mask=inside)
             for d in tl.static_range(DIRECTIONS):
                 # of d err / d pred = 2 / size * (pred - target), all but the difference
                 scale = share if HUBER and d == 0 else 2.0 * share

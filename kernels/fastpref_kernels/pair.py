@@ -16,7 +16,7 @@ target, r the reference's or an old policy's prediction, a the anchor's:
     gap     the same less that of r, as (p - r) (p + r - 2 t)
     ref     (r - t)^2
     drift   (p - r)^2
-    plus    |r - t + c (p - r)|        minus   |r - t - c (p - r)|        c = `mix`, a number a row
+    plus    |r - t + c (p - r)|        minus   |r - t - c (p - r)|        c: scalar number MIX
     anchor  (p - a)^2
     count   elements that the mask does not hide
 and the group, with two members, cross = (p_w - t_w) (p_l - t_l), which both masks weigh, over the
@@ -30,12 +30,14 @@ import triton
 import triton.language as tl
 
 from .elements import (
+    affine_of,
     affine_target,
     gaps,
     hubers_of,
     load,
     own,
     row_of,
+    scalar_of,
     slope_of,
     squares,
     starts,
@@ -48,7 +50,7 @@ from .over import finish
 
 @triton.jit
 def _add_up(
-    preds, targets, refs, masks, bases, anchors, hubers, affine, mix,
+    preds, targets, refs, masks, bases, anchors, hubers, affines, mix,
     partials, group, part, n_groups, n_elements, n_programs,
     sizes, pred_strides, target_strides, ref_strides, mask_strides, base_strides, anchor_strides,
     FROM: tl.constexpr, TO: tl.constexpr, MEMBERS: tl.constexpr, KINDS: tl.constexpr,
@@ -75,7 +77,7 @@ def _add_up(
                 goal = load(targets[m], start, lane, inside, sizes, own(target_strides, m))
                 if BASE is not None:
                     x = load(bases[m], start, lane, inside, sizes, own(base_strides, m))
-                    goal = affine_target(goal, x, affine, group, n_groups, m, MEMBERS)
+                    goal = affine_target(goal, x, affines[m][0], affines[m][1])
                     goal = tl.where(inside, goal, 0.0)
             if MASK is not None and (m == FROM or MASK != "shared"):
                 weight = load(masks[m], start, lane, inside, sizes, own(mask_strides, m))
@@ -138,7 +140,7 @@ _COUNTS = ["n_groups", "n_programs"]
 @triton.jit(do_not_specialize=_COUNTS)
 def pair_fwd(
     pred, target, ref, mask, base, anchor,
-    loss, stats, partials, ticket, lengths, values, tensors, strides, huber, affine, mix,
+    loss, stats, partials, ticket, lengths, values, tensors, strides, huber, affine,
     n_groups, n_elements, n_programs,
     sizes, pred_strides, target_strides, ref_strides, mask_strides, base_strides, anchor_strides,
     group_scale,
@@ -149,7 +151,7 @@ def pair_fwd(
     MEMBERS: tl.constexpr, LISTED: tl.constexpr,
     PRED: tl.constexpr, TARGET: tl.constexpr, REF: tl.constexpr,
     REF_ERRORS: tl.constexpr, MASK: tl.constexpr, BASE: tl.constexpr, ANCHOR: tl.constexpr,
-    DRIFT: tl.constexpr, MIXED: tl.constexpr, CROSS: tl.constexpr,
+    DRIFT: tl.constexpr, MIX: tl.constexpr, CROSS: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """loss, stats = link(sums of the members) in one launch that reads every element once.
@@ -157,7 +159,7 @@ def pair_fwd(
     Program (group, part) adds up every n_programs-th block of its group into partials
     (sum, n_groups, n_programs) and takes a ticket. Whoever draws the last ticket sees all partials,
     finishes, and leaves `ticket` at 0 for the next launch.
-    stats (rows, n_groups): each sum of each member, kind by kind, without count; cross; the score;
+    stats (rows, n_groups): each sum of each member, kind by kind, without count; cross; the scores;
     and the factors of the gradient, for each direction (p - t, p - r, p - a) those of each member.
     LISTED: of lists, MEMBERS up to a power of 2; their link has the members in one tensor.
     loss: () or, unless REDUCE, (n_groups,). group_scale: 1 / n_groups for a mean, else 1.
@@ -171,6 +173,7 @@ def pair_fwd(
     NARROW: tl.constexpr = PRED_BITS < 32 and TARGET_BITS < 32
     VECTOR: tl.constexpr = 8 if NARROW else 4
     PAIRED: tl.constexpr = REF is not None and not REF_ERRORS  # a reference of as many elements
+    MIXED: tl.constexpr = MIX is not None
     KINDS: tl.constexpr = 1 + 2 * PAIRED + DRIFT + 2 * MIXED + (ANCHOR is not None)
     COUNTS: tl.constexpr = (
         0 if MASK is None or not MEAN else (1 if MASK == "shared" else MEMBERS)
@@ -184,10 +187,14 @@ def pair_fwd(
     bases = starts(base, base_strides, group, n_groups, n_elements, MEMBERS, BASE)
     anchors = starts(anchor, anchor_strides, group, n_groups, n_elements, MEMBERS, ANCHOR)
     hubers = hubers_of(huber, group, MEMBERS)
+    affines = affine_of(affine, group, MEMBERS)
+    mix = 0.0
+    if MIXED:
+        mix = scalar_of(values[MIX], tensors[MIX], strides[MIX], group, True)
     # Sums of more than eight members at a time take more registers than a thread has.
     for FROM in tl.static_range(0, MEMBERS, 8):
         _add_up(
-            preds, targets, refs, masks, bases, anchors, hubers, affine, mix,
+            preds, targets, refs, masks, bases, anchors, hubers, affines, mix,
             partials, group, part, n_groups, n_elements, n_programs,
             sizes, pred_strides, target_strides, ref_strides, mask_strides, base_strides,
             anchor_strides,
@@ -239,6 +246,7 @@ def pair_bwd(
     for i in tl.static_range(MEMBERS * (1 + (REF is not None) + (ANCHOR is not None))):
         scales = scales + (tl.load(stats + (first_factor + i) * n_groups + group),)  # noqa: RUF005
     hubers = hubers_of(huber, group, MEMBERS)
+    affines = affine_of(affine, group, MEMBERS)
     lane = tl.arange(0, BLOCK)
     last = (n_elements - 1) // BLOCK  # n + BLOCK may overflow
     for round in range(part, last + 1, n_programs):
@@ -258,7 +266,7 @@ def pair_bwd(
                 goal = load(targets[m], start, lane, inside, sizes, own(target_strides, m))
                 if BASE is not None:
                     x = load(bases[m], start, lane, inside, sizes, own(base_strides, m))
-                    goal = affine_target(goal, x, affine, group, n_groups, m, MEMBERS)
+                    goal = affine_target(goal, x, affines[m][0], affines[m][1])
             if MASK is not None and (m == 0 or MASK != "shared"):
                 weight = load(masks[m], start, lane, inside, sizes, own(mask_strides, m))
             if MASK is not None:
