@@ -15,6 +15,7 @@ from . import links as links  # noqa: E402
 from . import losses as _losses  # noqa: E402
 from . import modules as _modules  # noqa: E402
 from . import preferences as preferences  # noqa: E402
+from . import transitions as transitions  # noqa: E402
 from .conventions import CONVENTIONS as CONVENTIONS  # noqa: E402
 from .conventions import convert_beta as convert_beta  # noqa: E402
 from .dispatch import PairErrors as PairErrors  # noqa: E402
@@ -35,6 +36,7 @@ if not _typing.TYPE_CHECKING:  # checkers see the imports, and could not work th
             *("CONVENTIONS", "Health", "LossOutput", "PairErrors", "SampleOutput"),
             *("convert_beta", "health", "inversion", "links", "losses_from_errors"),
             *("pair_errors", "pair_loss", "preferences", "register_link", "smoothed_preference"),
+            "transitions",
             *_losses.__all__,
             *_modules.__all__,
         }
