@@ -27,17 +27,19 @@ from .health import Health as Health  # noqa: E402
 from .health import health as health  # noqa: E402
 from .losses import *  # noqa: E402, F403
 from .modules import *  # noqa: E402, F403
+from .outputs import ForwardOutput as ForwardOutput  # noqa: E402
 from .outputs import LossOutput as LossOutput  # noqa: E402
 from .outputs import SampleOutput as SampleOutput  # noqa: E402
+from .outputs import StepOutput as StepOutput  # noqa: E402
 from .preferences import smoothed_preference as smoothed_preference  # noqa: E402
 
 if not _typing.TYPE_CHECKING:  # checkers see the imports, and could not work this out
     __all__ = sorted(
         {
-            *("CONVENTIONS", "Health", "LossOutput", "PairErrors", "SampleOutput", "advantages"),
-            *("convert_beta", "health", "inversion", "links", "losses_from_errors"),
-            *("pair_errors", "pair_loss", "preferences", "register_link", "smoothed_preference"),
-            "transitions",
+            *("CONVENTIONS", "ForwardOutput", "Health", "LossOutput", "PairErrors", "SampleOutput"),
+            *("StepOutput", "advantages", "convert_beta", "health", "inversion", "links"),
+            *("losses_from_errors", "pair_errors", "pair_loss", "preferences", "register_link"),
+            *("smoothed_preference", "transitions"),
             *_losses.__all__,
             *_modules.__all__,
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,17 @@ from .dispatch import (
 )
 from .grouped import GroupKnobs, SquaresKnobs, SummedGroupKnobs
 from .losses.samples import KTOUtility
-from .outputs import LossOutput, SampleOutput
+from .losses.steps import GRPOVariant, KLUnit
+from .outputs import ForwardOutput, LossOutput, SampleOutput, StepOutput
 from .scalars import unexpected
+from .stepwise import PairStepKnobs, StepKnobs
+from .transitions import Transition
 
 # Tensors that change with every step.
-STEP = ("model_pred", "target", "ref_pred", "ref_mse", "label", "real", "score", "lengths")
+STEP = (
+    "model_pred", "target", "ref_pred", "ref_mse", "label", "real", "score", "lengths", "old_pred",
+    "x", "x_next", "transition", "advantage", "reward", "t", "old_log_prob", "ref_log_prob",
+)  # fmt: skip
 
 
 class LossModule(nn.Module):
@@ -100,6 +106,8 @@ def zeros_of(
     function: Callable[..., Any], n_groups: int = 1, device: torch.device | None = None
 ) -> dict[str, Any]:
     """A batch of zeros that a loss takes, without a reference: pairs, samples, or lists of two."""
+    if function.__module__ == losses.steps.__name__:
+        return _zeros_of_steps(function, n_groups, device)
     members = 1 if function.__module__ == losses.samples.__name__ else 2
     target = torch.zeros(n_groups, 1, device=device)
     step: dict[str, Any] = {"model_pred": target.repeat(members, 1), "target": target}
@@ -108,6 +116,24 @@ def zeros_of(
         if members == 1:
             step[name] = step[name][:, 0]
     return step | dict.fromkeys(needed_of(function), 0.5)
+
+
+def _zeros_of_steps(
+    function: Callable[..., Any], n_groups: int, device: torch.device | None
+) -> dict[str, Any]:
+    """Steps with noise of 1, or two of them for each group."""
+    of_pairs = "pair_weight" in _knobs_of(function).__annotations__
+    latents = torch.zeros(n_groups * (2 if of_pairs else 1), 1, device=device)
+    others = {
+        "transition": Transition(*torch.ones(5, device=device)),
+        "advantage": latents[:, 0],
+        "reward": latents[:, 0],
+    }
+    return {name: others.get(name, latents) for name in positional_of(function)}
+
+
+def _knobs_of(function: Callable[..., Any]) -> Any:
+    return get_args(get_type_hints(function)["knobs"])[0]
 
 
 def positional_of(function: Callable[..., Any]) -> list[str]:
@@ -803,6 +829,159 @@ class PlackettLuceLoss(LossModule):
         ) -> SampleOutput: ...
 
 
+class GRPOLoss(LossModule):
+    """`grpo_loss` as a module."""
+
+    function = losses.grpo_loss
+    knobs = StepKnobs
+
+    def __init__(
+        self,
+        *,
+        clip_range: Scalar = 0.0001,
+        clip_range_high: Scalar | None = None,
+        advantage_clip: Scalar | None = 5.0,
+        kl_weight: Scalar = 0.0,
+        kl: KLUnit = "v",
+        variant: GRPOVariant = "clip",
+        divergence_limit: Scalar = 1e-05,
+        **knobs: Unpack[StepKnobs],
+    ) -> None:
+        super().__init__(
+            clip_range=clip_range,
+            clip_range_high=clip_range_high,
+            advantage_clip=advantage_clip,
+            kl_weight=kl_weight,
+            kl=kl,
+            variant=variant,
+            divergence_limit=divergence_limit,
+            **knobs,
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            model_pred: Tensor,
+            old_pred: Tensor | None,
+            x: Tensor,
+            x_next: Tensor,
+            transition: Transition,
+            advantage: Scalar,
+            *,
+            old_log_prob: Tensor | None = None,
+            ref_pred: Tensor | None = None,
+            **options: Any,
+        ) -> StepOutput: ...
+
+
+class StepDPOLoss(LossModule):
+    """`step_dpo_loss` as a module."""
+
+    function = losses.step_dpo_loss
+    knobs = PairStepKnobs
+
+    def __init__(
+        self,
+        *,
+        beta: Scalar,
+        clip: Scalar | None = 0.1,
+        **knobs: Unpack[PairStepKnobs],
+    ) -> None:
+        super().__init__(
+            beta=beta,
+            clip=clip,
+            **knobs,
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            model_pred: Halves,
+            ref_pred: Halves | None,
+            x: Halves,
+            x_next: Halves,
+            transition: Transition,
+            *,
+            ref_log_prob: Halves | None = None,
+            **options: Any,
+        ) -> StepOutput: ...
+
+
+class SDPOLoss(LossModule):
+    """`sdpo_loss` as a module."""
+
+    function = losses.sdpo_loss
+    knobs = PairStepKnobs
+
+    def __init__(
+        self,
+        *,
+        step_weight: Scalar = 1.0,
+        clip_range: Scalar = 0.0001,
+        advantage_clip: Scalar | None = 5.0,
+        **knobs: Unpack[PairStepKnobs],
+    ) -> None:
+        super().__init__(
+            step_weight=step_weight,
+            clip_range=clip_range,
+            advantage_clip=advantage_clip,
+            **knobs,
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            model_pred: Halves,
+            old_pred: Halves | None,
+            x: Halves,
+            x_next: Halves,
+            transition: Transition,
+            advantage: Tensor | tuple[Scalar, Scalar],
+            *,
+            old_log_prob: Halves | None = None,
+            **options: Any,
+        ) -> StepOutput: ...
+
+
+class NFTLoss(LossModule):
+    """`nft_loss` as a module."""
+
+    function = losses.nft_loss
+    knobs = StepKnobs
+
+    def __init__(
+        self,
+        *,
+        beta: Scalar = 1.0,
+        adaptive: bool = True,
+        kl_weight: Scalar = 0.0,
+        **knobs: Unpack[StepKnobs],
+    ) -> None:
+        super().__init__(
+            beta=beta,
+            adaptive=adaptive,
+            kl_weight=kl_weight,
+            **knobs,
+        )
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            model_pred: Tensor,
+            target: Tensor,
+            old_pred: Tensor,
+            reward: Scalar,
+            *,
+            t: Scalar | None = None,
+            ref_pred: Tensor | None = None,
+            **options: Any,
+        ) -> ForwardOutput: ...
+
+
 __all__ = [
     "BudgetDPOLoss",
     "CaPOLoss",
@@ -811,18 +990,22 @@ __all__ = [
     "DPOLoss",
     "DSPOLoss",
     "DiffusionDROLoss",
+    "GRPOLoss",
     "KTOLoss",
     "LinearDPOLoss",
     "MaPOLoss",
+    "NFTLoss",
     "NPOLoss",
     "ORPOLoss",
     "PSOLoss",
     "PlackettLuceLoss",
     "RankDPOLoss",
+    "SDPOLoss",
     "SFTLoss",
     "SePPOLoss",
     "SelfNPOLoss",
     "SimPOLoss",
     "SmPOLoss",
+    "StepDPOLoss",
     "TGOLoss",
 ]

@@ -107,21 +107,164 @@ class SampleOutput(NamedTuple):
         return _metrics(self.loss, values, gather, as_floats)
 
 
+class ForwardOutput(NamedTuple):
+    """What losses on the forward process with an old policy return, for B samples. Only `loss`
+    carries a gradient.
+
+    loss: (), or (B,) for reduction="none".
+    errors, old_errors: (B,) mean squared errors of the policy and the old one.
+    drops: (B,) policy error minus the old policy's, negative where the model improved.
+    drifts: (B,) mean((model_pred - old_pred)^2).
+    margin: (B,) > 0 where the policy moved as the rewards say.
+    kl: (B,) mean((model_pred - ref_pred)^2), where there is a reference.
+    """
+
+    loss: Tensor
+    errors: Tensor
+    old_errors: Tensor
+    drops: Tensor
+    drifts: Tensor
+    margin: Tensor
+    kl: Tensor | None = None
+
+    @overload
+    def metrics(
+        self, *, gather: bool = False, as_floats: Literal[False] = False
+    ) -> dict[str, Tensor]: ...
+
+    @overload
+    def metrics(self, *, gather: bool = False, as_floats: Literal[True]) -> dict[str, float]: ...
+
+    def metrics(
+        self, *, gather: bool = False, as_floats: bool = False
+    ) -> dict[str, Tensor] | dict[str, float]:
+        """The means of a batch, detached: loss, error, old_error, drop, drift, margin, accuracy
+        (the share of margins above 0, ties counting half), and kl. gather, as_floats: as in
+        `LossOutput.metrics`."""
+        metrics = {
+            "loss": self.loss.detach().mean(),
+            "error": self.errors.mean(),
+            "old_error": self.old_errors.mean(),
+            "drop": self.drops.mean(),
+            "drift": self.drifts.mean(),
+            "margin": self.margin.mean(),
+            "accuracy": _accuracy(self.margin),
+        }
+        if self.kl is not None:
+            metrics["kl"] = self.kl.mean()
+        return _averaged(metrics, len(self.margin), gather, as_floats)
+
+
+class StepOutput(NamedTuple):
+    """What losses on a sampler's steps return, for B samples, or B pairs of them. Only `loss`
+    carries a gradient.
+
+    loss: (), or (B,) for reduction="none".
+    log_ratio: (B,), of pairs (2B,) with the winners' first: log of the policy's probability of the
+        step over that of the old policy or reference.
+    clipped: shaped as log_ratio: 1 where the ratio was clipped, so that it has no gradient.
+    kl: (B,) divergence from a reference, where the loss has one.
+    margin: (B,), of pairs; > 0 where the policy moved towards the better of the two.
+    """
+
+    loss: Tensor
+    log_ratio: Tensor
+    clipped: Tensor
+    kl: Tensor | None = None
+    margin: Tensor | None = None
+
+    @overload
+    def metrics(
+        self, *, gather: bool = False, as_floats: Literal[False] = False
+    ) -> dict[str, Tensor]: ...
+
+    @overload
+    def metrics(self, *, gather: bool = False, as_floats: Literal[True]) -> dict[str, float]: ...
+
+    def metrics(
+        self, *, gather: bool = False, as_floats: bool = False
+    ) -> dict[str, Tensor] | dict[str, float]:
+        """The means of a batch, detached: loss; ratio, its standard deviation ratio_std, and the
+        farthest a ratio is from 1, ratio_off; clip_fraction; approx_kl, mean(log_ratio^2) / 2; and
+        kl, margin and accuracy where there are such. gather, as_floats: as in
+        `LossOutput.metrics`; averaged over processes, ratio_std is within each."""
+        off = torch.expm1(self.log_ratio)
+        metrics = {
+            "loss": self.loss.detach().mean(),
+            "ratio": 1.0 + off.mean(),
+            "ratio_std": off.std(correction=0),
+            "ratio_off": off.abs().amax(),
+            "clip_fraction": self.clipped.mean(),
+            "approx_kl": 0.5 * self.log_ratio.square().mean(),
+        }
+        if self.kl is not None:
+            metrics["kl"] = self.kl.mean()
+        if self.margin is not None:
+            metrics["margin"] = self.margin.mean()
+            metrics["accuracy"] = _accuracy(self.margin)
+        return _averaged(metrics, len(self.log_ratio), gather, as_floats)
+
+    def by_step(self, step: Tensor, n_steps: int) -> dict[str, Tensor]:
+        """Means over the samples of each step of the sampler, (n_steps,) each, NaN where there are
+        none: ratio, ratio_std, clip_fraction, approx_kl, and kl where there is one. Nothing waits
+        for the device.
+
+        step: (B,), or (2B,) of pairs, integers: at which step a sample, or a pair, is.
+        """
+        step = _steps_of("step", step, len(self.log_ratio))
+
+        def mean(values: Tensor) -> Tensor:
+            at = step[: len(values)]
+            total = values.new_zeros(n_steps).index_add(0, at, values)
+            return total / values.new_zeros(n_steps).index_add(0, at, torch.ones_like(values))
+
+        off = torch.expm1(self.log_ratio)
+        mean_off = mean(off)
+        found = {
+            "ratio": 1.0 + mean_off,
+            "ratio_std": mean((off - mean_off[step]).square()).sqrt(),
+            "clip_fraction": mean(self.clipped),
+            "approx_kl": 0.5 * mean(self.log_ratio.square()),
+        }
+        return found if self.kl is None else {**found, "kl": mean(self.kl)}
+
+
+def _steps_of(name: str, step: Tensor, rows: int) -> Tensor:
+    """Of each row, where pairs may share theirs."""
+    integers = isinstance(step, Tensor) and not (step.is_floating_point() or step.is_complex())
+    if not integers or step.dim() != 1 or len(step) not in (rows, rows // 2):
+        shape = tuple(step.shape) if isinstance(step, Tensor) else type(step).__name__
+        raise ValueError(f"{name} is {shape}; expected integers of shape ({rows},)")
+    return step.long() if len(step) == rows else step.long().repeat(2)
+
+
 def _metrics(
     loss: Tensor, values: dict[str, Tensor | None], gather: bool, as_floats: bool
 ) -> dict[str, Tensor] | dict[str, float]:
     margin = values["margin"]
     assert margin is not None
-    won = (margin > 0).float().mean() + (margin >= 0).float().mean()
     metrics = {"loss": loss.detach().mean()}
     for name, value in values.items():
         if value is not None:
             metrics[name] = value.mean()
         if name == "margin":
-            metrics["accuracy"] = won / 2
+            metrics["accuracy"] = _accuracy(margin)
             metrics["gradient_factor"] = torch.sigmoid(-margin).mean()
+    return _averaged(metrics, margin.numel(), gather, as_floats)
+
+
+def _accuracy(margin: Tensor) -> Tensor:
+    """The share of margins above 0, ties counting half."""
+    return ((margin > 0).float().mean() + (margin >= 0).float().mean()) / 2
+
+
+def _averaged(
+    metrics: dict[str, Tensor], n: int, gather: bool, as_floats: bool
+) -> dict[str, Tensor] | dict[str, float]:
+    """Over all processes, of which this one has n."""
     if gather and torch.distributed.is_available() and torch.distributed.is_initialized():
-        sums = margin.numel() * torch.stack([*metrics.values(), torch.ones_like(won)])
+        values = torch.stack([*metrics.values()])
+        sums = n * torch.cat([values, torch.ones_like(values[:1])])
         torch.distributed.all_reduce(sums)
         metrics = dict(zip(metrics, (sums[:-1] / sums[-1]).unbind(), strict=True))
     if as_floats:

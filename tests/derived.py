@@ -18,18 +18,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from fastpref import losses  # noqa: E402
 from fastpref.dispatch import MissingReference  # noqa: E402
-from fastpref.modules import STEP, zeros_of  # noqa: E402
+from fastpref.modules import STEP, positional_of, zeros_of  # noqa: E402
 from fastpref_kernels import LINKS  # noqa: E402
 
 LOSSES: dict[str, Callable[..., Any]] = {
     name: getattr(losses, name) for name in vars(losses)["__all__"] if name.endswith("_loss")
 }
 PAIRS = [name for name, function in LOSSES.items() if function.__module__ == losses.pairs.__name__]
-OTHERS = [name for name in LOSSES if name not in PAIRS]
+STEPS = [name for name, function in LOSSES.items() if function.__module__ == losses.steps.__name__]
+OTHERS = [name for name in LOSSES if name not in (*PAIRS, *STEPS)]
 MODULES = ROOT / "fastpref" / "modules.py"
 README = ROOT / "README.md"
 MARK = "# What follows is written by `python tests/derived.py`, from the functions in losses/.\n"
 HEADER = "| function | loss | margin | needs | beta |\n|---|---|---|---|---|\n"
+STEP_HEADER = "| function | loss | needs |\n|---|---|---|\n"
 
 
 def class_name(function: str) -> str:
@@ -147,16 +149,19 @@ def a_row(function: str) -> str:
     return "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|\n"
 
 
+def a_step_row(function: str) -> str:
+    needed = (name for name in positional_of(LOSSES[function]) if name != "model_pred")
+    return f"| `{function}` | `{formula(function, 'loss')}` | {', '.join(needed)} |\n"
+
+
 def readme() -> str:
     """The text of README.md."""
     before, table, others = README.read_text().split(HEADER)
-    return HEADER.join(
-        (
-            before,
-            "".join(map(a_row, PAIRS)) + table[table.index("\n\n") + 1 :],
-            "".join(map(a_row, OTHERS)) + others[others.index("\n\n") + 1 :],
-        )
-    )
+    others, steps = others.split(STEP_HEADER)
+    others = "".join(map(a_row, OTHERS)) + others[others.index("\n\n") + 1 :]
+    steps = "".join(map(a_step_row, STEPS)) + steps[steps.index("\n\n") + 1 :]
+    table = "".join(map(a_row, PAIRS)) + table[table.index("\n\n") + 1 :]
+    return HEADER.join((before, table, STEP_HEADER.join((others, steps))))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ from types import ModuleType as _ModuleType
 from . import lists as lists
 from . import pairs as pairs
 from . import samples as samples
+from . import steps as steps
 from .lists import *  # noqa: F403
 from .pairs import *  # noqa: F403
 from .samples import *  # noqa: F403
+from .steps import *  # noqa: F403
 
 
 def _public(module: _ModuleType) -> list[str]:
@@ -22,4 +24,4 @@ def _public(module: _ModuleType) -> list[str]:
 
 
 if not _typing.TYPE_CHECKING:  # checkers see the imports, and could not work this out
-    __all__ = [name for module in (pairs, samples, lists) for name in _public(module)]
+    __all__ = [name for module in (pairs, samples, lists, steps) for name in _public(module)]

@@ -1,0 +1,173 @@
+"""Entry points of the losses on the steps of a sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import TypedDict, Unpack
+
+from fastpref_kernels.links import FINITE, Group, Hyper
+from fastpref_kernels.steps import DT, OF_STEP
+
+from .batch import Batch, Halves, Scalar
+from .dispatch import Impl, MissingReference, Reduction
+from .grouped import run
+from .outputs import StepOutput
+from .rows import STEP_NAMES, Names, check_groups, check_pairs_of_steps
+from .scalars import check_scalar
+from .sums import Options
+from .transitions import Transition
+
+
+class StepKnobs(TypedDict, total=False):
+    """Keyword arguments of losses on steps; see `step_loss`."""
+
+    mask: Tensor
+    sample_weight: Scalar | None
+    reduction: Reduction
+    dro_temperature: Scalar
+    impl: Impl
+
+
+class PairStepKnobs(TypedDict, total=False):
+    """Of losses on pairs of steps; see `pair_step_loss`."""
+
+    mask: Halves
+    pair_weight: Scalar | None
+    reduction: Reduction
+    dro_temperature: Scalar
+    impl: Impl
+
+
+def step_loss(
+    link: Group,
+    model_pred: Tensor,
+    old_pred: Tensor | None,
+    old_log_prob: Tensor | None,
+    x: Tensor,
+    x_next: Tensor,
+    transition: Transition,
+    numbers: Mapping[str, Any],
+    ref_pred: Tensor | None = None,
+    **knobs: Unpack[StepKnobs],
+) -> StepOutput:
+    """The loss of a link on single steps, (B, ...).
+
+    Args:
+        numbers: the link's, by name, without the transition's.
+        ref_pred: a reference beside the old policy.
+        knobs:
+            mask: weights of the elements, as in `pair_loss`; means are over what it leaves.
+            sample_weight: of each sample's loss, such as an importance weight; the mean still
+                counts a sample of weight 0, whatever is in it.
+            reduction, dro_temperature, impl: as in `pair_loss`.
+    """
+    _check_other(old_pred, old_log_prob, STEP_NAMES)
+    check_transition(transition)
+    batch = check_groups(
+        model_pred, x_next, old_pred, old_log_prob, knobs.get("mask"), 1,
+        base=x, anchor=ref_pred, names=STEP_NAMES,
+    )  # fmt: skip
+    numbers = {**numbers, **_numbers_of(transition, batch)}
+    loss, stats, options = _run(link, batch, transition, numbers, StepKnobs, {**knobs})
+    log_ratio, clipped, kl = scores_of(stats, options, batch)
+    return StepOutput(loss, log_ratio, clipped, None if ref_pred is None else kl)
+
+
+def pair_step_loss(
+    link: Group,
+    model_pred: Halves,
+    ref_pred: Halves | None,
+    ref_log_prob: Halves | None,
+    x: Halves,
+    x_next: Halves,
+    transition: Transition,
+    numbers: Mapping[str, Any],
+    names: Names,
+    **knobs: Unpack[PairStepKnobs],
+) -> StepOutput:
+    """The loss of a link on pairs of steps, stacked with the winners first, or as tuples; what both
+    steps of a pair have in common may be (B, ...).
+
+    Args:
+        numbers: as in `step_loss`. names: what the loss calls its operands.
+        knobs:
+            mask: as in `step_loss`, of pairs.
+            pair_weight: of each pair's loss; see sample_weight in `step_loss`.
+            reduction, dro_temperature, impl: as in `pair_loss`.
+    """
+    _check_other(ref_pred, ref_log_prob, names)
+    check_transition(transition)
+    batch = check_pairs_of_steps(
+        model_pred, x_next, x, ref_pred, ref_log_prob, knobs.get("mask"), names
+    )
+    of_each: dict[str, Scalar] = {}
+    for name, number in _numbers_of(transition, batch).items():
+        split = isinstance(number, Tensor) and number.dim() == 1 and len(number) != batch.n_groups
+        halves = number.chunk(2) if split else (number, number)  # type: ignore[union-attr]
+        of_each |= {f"{name}[{m}]": half for m, half in enumerate(halves)}
+    numbers = {**numbers, **of_each}
+    loss, stats, options = _run(link, batch, transition, numbers, PairStepKnobs, {**knobs})
+    scores = scores_of(stats, options, batch)
+    return StepOutput(loss, scores[1:3].reshape(-1), scores[3:5].reshape(-1), None, scores[0])
+
+
+def _run(
+    link: Group,
+    batch: Batch,
+    transition: Transition,
+    numbers: Mapping[str, Any],
+    accepts: Any,
+    knobs: dict[str, Any],
+) -> tuple[Tensor, Tensor, Options]:
+    rows = batch.n_groups * batch.members
+    a, b = (
+        _number(f"transition.{name}", getattr(transition, name), batch, rows, Hyper(None, FINITE))
+        for name in "ab"
+    )
+    numbers = {"transition.normalized": float(transition.normalized), **numbers}
+    return run(link, batch._replace(affine=(a, b)), numbers, accepts, knobs)
+
+
+def check_transition(transition: Any) -> None:
+    if not isinstance(transition, Transition):
+        raise TypeError(
+            "transition must be a fastpref.transitions.Transition, got a "
+            f"{type(transition).__name__}"
+        )
+
+
+def _check_other(pred: Any, log_prob: Any, names: Names) -> None:
+    if pred is None and log_prob is None:
+        raise MissingReference(
+            f"{names.ref} or {names.ref_errors} is missing; the loss compares with another policy "
+            "and needs its predictions or its log-probabilities"
+        )
+
+
+def _numbers_of(transition: Transition, batch: Batch) -> dict[str, Scalar]:
+    """By the names that links have for them."""
+    rows = batch.n_groups * batch.members
+    return {
+        name: _number(name, getattr(transition, name.split(".")[1]), batch, rows, hyper)
+        for name, hyper in {**OF_STEP, **DT}.items()
+    }
+
+
+def _number(name: str, value: Any, batch: Batch, rows: int, hyper: Hyper) -> Scalar:
+    """One for all, for each group, or for each sample."""
+    per_sample = isinstance(value, Tensor) and value.dim() == 1 and len(value) == rows
+    return check_scalar(name, value, hyper, rows if per_sample else batch.n_groups, batch.device)
+
+
+def scores_of(stats: Tensor, options: Options, batch: Batch) -> Tensor:
+    """The rows of stats that the link names."""
+    link = options.link
+    assert isinstance(link, Group)
+    drift, cross = options.needs
+    kinds = 1 + drift + (batch.anchor[0] is not None) + 2 * bool(link.mixed)
+    kinds += 2 * (batch.ref[0] is not None)
+    first = batch.members * kinds + cross
+    return stats[first : first + len(link.scores)]
