@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +122,7 @@ def _zeros_of_steps(
     function: Callable[..., Any], n_groups: int, device: torch.device | None
 ) -> dict[str, Any]:
     """Steps with noise of 1, or two of them for each group."""
-    of_pairs = "pair_weight" in _knobs_of(function).__annotations__
+    of_pairs = "PairStepKnobs" in inspect.signature(function).parameters["knobs"].annotation
     latents = torch.zeros(n_groups * (2 if of_pairs else 1), 1, device=device)
     others = {
         "transition": Transition(*torch.ones(5, device=device)),
@@ -130,10 +130,6 @@ def _zeros_of_steps(
         "reward": latents[:, 0],
     }
     return {name: others.get(name, latents) for name in positional_of(function)}
-
-
-def _knobs_of(function: Callable[..., Any]) -> Any:
-    return get_args(get_type_hints(function)["knobs"])[0]
 
 
 def positional_of(function: Callable[..., Any]) -> list[str]:

@@ -27,7 +27,7 @@ from triton.runtime.jit import create_function_from_signature
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
 import machine_code
-from fastpref_kernels import KNOBS, LINKS, Link, groups, launch, pair
+from fastpref_kernels import KNOBS, LINKS, Link, groups, launch, pair, steps
 from fastpref_kernels.knobs import NOTHING_AROUND, Around, sums_of
 from fastpref_kernels.links import Group
 
@@ -182,7 +182,9 @@ def rows(targets: list[str]) -> Iterator[dict[str, Any]]:
 
 
 class Family(NamedTuple):
-    """A training step of a loss beyond pairs of errors, or of a pair with something around it."""
+    """A training step of a loss beyond pairs of errors, or of a pair with something around it.
+    step: of a sampler, whose numbers are tensors. anchor: with one. logged: with log-probabilities
+    in place of predictions. shared, shared_pred: one target, or one prediction, for a group."""
 
     link: Link | Group
     around: Around = NOTHING_AROUND
@@ -190,6 +192,10 @@ class Family(NamedTuple):
     huber: bool = False
     shared: bool = False
     dtype: str = "fp32"
+    step: bool = False
+    anchor: bool = False
+    logged: bool = False
+    shared_pred: bool = False
 
 
 def families() -> dict[str, Family]:
@@ -215,22 +221,46 @@ def families() -> dict[str, Family]:
         "dro": Family(dpo, Around(heat=1.0)),
         "dro, anchor and safeguard": Family(dpo, Around("batch", 0.9, 0.5, heat=numbers[0])),
         "huber of samples": Family(dpo, huber=True),
-    }  # fmt: skip
+    } | dict(step_families())  # fmt: skip
+
+
+def step_families() -> Iterator[tuple[str, Family]]:
+    """Those with an anchor stand for those without, which have less of everything."""
+    for _, link in (*steps.GRPO.values(), *steps.NFT.values(), steps.GRPO_OF_LOG):
+        logged, is_step = link in steps.GRPO_OF_LOG, not link.name.startswith("nft")
+        yield link.name, Family(link, step=is_step, anchor=True, logged=logged)
+    for link in (steps.STEP_DPO[1], steps.SDPO):
+        yield link.name, Family(link, step=True)
+    for link in (steps.STEP_DPO_OF_LOG[1], steps.SDPO_OF_LOG):
+        yield link.name, Family(link, step=True, logged=True)
+    bf16: dict[str, Any] = {"step": True, "dtype": "bf16"}
+    yield "grpo, bf16", Family(steps.GRPO["clip"][0], **bf16)
+    yield "step_dpo, one prediction, bf16", Family(steps.STEP_DPO[1], **bf16, shared_pred=True)
 
 
 def stepped(family: Family) -> tuple[Recorder, Recorder]:
     """The launches of one training step on two groups of 4x64x64 latents."""
     link, members = family.link, family.link.members
-    pred = torch.zeros(2 * members, 4, 64, 64, dtype=DTYPES[family.dtype])
-    target = torch.zeros_like(pred[: 2 if family.shared else None])
+    every = torch.zeros(2 * members, 4, 64, 64, dtype=DTYPES[family.dtype])
+    pred = torch.zeros_like(every[: 2 if family.shared_pred else None])
+    target = torch.zeros_like(every[: 2 if family.shared else None])
     huber = torch.ones(2 * members) if family.huber else None
     lengths = torch.full((2,), members) if family.lengths else None
-    scalars: list[float | torch.Tensor] = [1.0] * len(link.hyper)
+    number = torch.ones(2) if family.step else 1.0
+    scalars: list[float | torch.Tensor] = [number] * len(link.hyper)
     if isinstance(link, Group):
         scalars += [torch.ones(2, members) for _ in link.of_members]
     more = launch.More(around=family.around, lengths=lengths)
+    if family.step:
+        more = more._replace(base=(torch.zeros_like(pred), None), affine=(number, number))
+    if family.anchor:
+        more = more._replace(anchor=(torch.zeros_like(pred), None))
+    if family.shared_pred:
+        more = more._replace(n_groups=2)
     given = ((pred, None), (target, None))
     ref: launch.Operand = (torch.zeros_like(pred), None)
+    if family.logged:
+        ref = (torch.zeros(2 * members), None)
     each = link is groups.ERRORS
     with recorded() as both, unplanned():
         loss, stats = launch.pair_forward(
@@ -250,19 +280,19 @@ def group_rows(targets: list[str]) -> Iterator[dict[str, Any]]:
     import test_engine  # which needs pytest
 
     test_engine.SHAPE = (4, 1024)  # as wide as loads can be
-    steps = {name: stepped(family) for name, family in families().items()}
+    made = {name: stepped(family) for name, family in families().items()}
     for make in test_engine.CASES:
         case = make()
         given = test_engine.Tensors(*[each.float() for each in case.tensors])
         with recorded() as both, unplanned():
             test_engine.launched(case, given, torch.ones(()))
-        steps[make.__name__] = both
+        made[make.__name__] = both
     seen = set()
-    for (link, both), name in itertools.product(steps.items(), targets):
+    for (link, both), name in itertools.product(made.items(), targets):
         for recorder in both:
-            made = str(specialized(recorder, TARGETS[name]))
-            if (made, name) not in seen:
-                seen.add((made, name))
+            launched = str(specialized(recorder, TARGETS[name]))
+            if (launched, name) not in seen:
+                seen.add((launched, name))
                 yield {"link": link} | compiled(recorder, name)
 
 

@@ -168,7 +168,8 @@ def test_other_layouts_load_each_element_once(rows: list[dict[str, Any]]) -> Non
 
 def test_other_groups_and_sums_cost_no_more(group_rows: list[dict[str, Any]]) -> None:
     """All of `aot.families` and tests/test_engine.py: no spills, one vector of each operand at a
-    time, no barrier, and two waits for the memory in a round of the loop over blocks."""
+    time, no barrier, and two waits for the memory in a round of the loop over blocks, or three for
+    eight operands."""
     for row in group_rows:
         assert "error" not in row, case(row)
         assert row["spilled"] == 0, case(row)
@@ -178,7 +179,9 @@ def test_other_groups_and_sums_cost_no_more(group_rows: list[dict[str, Any]]) ->
         assert row["loads"]["16"] >= 2, case(row)
         assert row["loops"][0]["barriers"] == 0, case(row)
         if row["target"] != "gfx942":
-            assert len(row["loops"][0]["groups"]) <= 2, case(row)
+            waits = row["loops"][0]["groups"]
+            assert len(waits) <= (2 if sum(waits) < 8 else 3), case(row)
     assert {row["target"] for row in group_rows} == set(TARGETS)
     links = {row["link"] for row in group_rows}
-    assert {"kto", "rankdpo_16", "dspo", "safeguard of the batch", "dro"} <= links
+    of_pairs = {"rankdpo_16", "dspo", "safeguard of the batch", "dro", "step_dpo", "sdpo"}
+    assert {"kto", *of_pairs, "grpo_kl", "grpo_guard_kl", "nft_kl"} <= links

@@ -81,13 +81,19 @@ def batch(name: str) -> dict[str, Any]:
     for key, value in step.items():
         if isinstance(value, torch.Tensor):
             step[key] = torch.rand(value.shape, generator=generator)
-    if "ref" in derived.needs(name):
+    if name not in derived.STEPS and "ref" in derived.needs(name):
         ref = torch.rand(step["model_pred"].shape, generator=generator)
         pred, target = step.pop("model_pred"), step.pop("target")
         step = {"model_pred": pred, "target": target, "ref_pred": ref, **step}
     for key in {"label", "real"} & step.keys():
         step[key] = torch.tensor([True, False, True])
     return {key: 0.7 if isinstance(value, float) else value for key, value in step.items()}
+
+
+def own_of(name: str) -> dict[str, Any]:
+    """Options without which a loss does not do here."""
+    paired = name in ("sft_loss", "self_npo_loss")
+    return {"paired": True} if paired else {"beta": 0.7} if name == "step_dpo_loss" else {}
 
 
 @pytest.mark.parametrize("name", derived.LOSSES)
@@ -106,10 +112,11 @@ def test_a_module_has_its_functions_signature(name: str) -> None:
 def test_a_module_is_its_function(name: str) -> None:
     """With options given at construction, and again in the call."""
     function, kind = derived.LOSSES[name], MODULES[name]
-    own: dict[str, Any] = {"paired": True} if name in ("sft_loss", "self_npo_loss") else {}
+    own = own_of(name)
     step = batch(name)
     numbers = {key: step.pop(key) for key in modules.needed_of(function)}
-    weight = "weight" if "weight" in kind.knobs.__annotations__ else "pair_weight"
+    known = kind.knobs.__annotations__
+    weight = next(k for k in ("weight", "pair_weight", "sample_weight") if k in known)
     wanted = function(**step, **numbers, **own, **{weight: 0.3})
     made = kind(**own, **{weight: 0.3})
     for module in (made, pickle.loads(pickle.dumps(made))):
@@ -243,8 +250,7 @@ def test_a_module_may_be_made_where_its_kernels_cannot_run() -> None:
 def test_every_knob_that_a_module_takes_is_one_that_its_function_takes(name: str) -> None:
     """The TypedDict of its **knobs neither lacks one nor has one too many."""
     function = derived.LOSSES[name]
-    own: dict[str, Any] = {"paired": True} if name in ("sft_loss", "self_npo_loss") else {}
-    own |= batch(name)
+    own = own_of(name) | batch(name)
     values: dict[str, Any] = dict.fromkeys(
         ("sample_weight", "pair_weight", "logit_scale", "sft_weight", "loser_weight", "weight",
          "prior_weight", "label_smoothing", "huber_c", "loser_gradient_scale", "safeguard",
