@@ -144,14 +144,17 @@ def floor_passes(case: Case, sets: list[tuple[torch.Tensor, ...]]) -> dict[str, 
     read = partial(floors.read, members=case.members)
     write = partial(floors.write, members=case.members, drifting=case.drifting)
 
-    def both(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return read(*tensors), write(*tensors)
+    def backward(pred: torch.Tensor, target: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        return write(pred, target, *(others[i] for i in case.again))
 
-    large = [tensors[:3] for tensors in sets]  # without labels and scores
+    def both(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return read(*tensors), backward(*tensors)
+
+    large = [tensors[: case.large] for tensors in sets]  # without labels and scores
     with torch.no_grad():
         return {
             way: captured([partial(run, *tensors) for tensors in large])
-            for way, run in (("fwd", read), ("bwd", write), ("both", both))
+            for way, run in (("fwd", read), ("bwd", backward), ("both", both))
         }
 
 

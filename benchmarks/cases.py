@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastpref
+import step_cases
 from fastpref.dispatch import Impl
 from fastpref_kernels import LINKS
 
@@ -150,10 +151,12 @@ UNDESIRABLE, DSPO_BETA, SAFEGUARD, HEAT = 1.5, 20.0, 0.9, 0.5
 
 
 class Family(NamedTuple):
-    """A loss that is not the link of a pair alone, all of which take the reference's predictions.
+    """A loss that is not the link of a pair alone, all of which take the reference's predictions or
+    an old policy's.
 
-    kind: what is new to it. members: of a group. shared: whether they share the target. drifting:
-    how many have a gradient along pred - ref, for which backward has to read ref.
+    kind: what is new to it. members: of a group. shared: whether they share the target. others: how
+    many large operands there are besides prediction and target. again: which of those backward has
+    to read as well, for so many members (drifting).
     """
 
     kind: str
@@ -161,7 +164,77 @@ class Family(NamedTuple):
     ours: Loss
     members: int = 2
     shared: bool = True
+    others: int = 1
+    again: tuple[int, ...] = ()
     drifting: int = 0
+
+
+def of_steps(published: Loss, ours: Loss, members: int, **rest: Any) -> Family:
+    return Family("steps", published, ours, members, shared=False, drifting=members, **rest)
+
+
+def grpo(
+    pred: Tensor, x_next: Tensor, old: Tensor, x: Tensor, ref: Tensor, advantage: Tensor,
+    *step: Tensor, impl: Impl = "auto",
+) -> Tensor:  # fmt: skip
+    return fastpref.grpo_loss(
+        pred, old, x, x_next, step_cases.transition(step), advantage, clip_range=step_cases.CLIP,
+        ref_pred=ref, kl_weight=step_cases.KL_WEIGHT, impl=impl,
+    ).loss  # fmt: skip
+
+
+def grpo_stored(
+    pred: Tensor, x_next: Tensor, x: Tensor, old_log_prob: Tensor, advantage: Tensor,
+    *step: Tensor, impl: Impl = "auto",
+) -> Tensor:  # fmt: skip
+    return fastpref.grpo_loss(
+        pred, None, x, x_next, step_cases.transition(step), advantage, clip_range=step_cases.CLIP,
+        old_log_prob=old_log_prob, impl=impl,
+    ).loss  # fmt: skip
+
+
+def grpo_guard(
+    pred: Tensor, x_next: Tensor, old: Tensor, x: Tensor, advantage: Tensor,
+    *step: Tensor, impl: Impl = "auto",
+) -> Tensor:  # fmt: skip
+    return fastpref.grpo_loss(
+        pred, old, x, x_next, step_cases.transition(step), advantage, clip_range=step_cases.CLIP,
+        variant="guard", impl=impl,
+    ).loss  # fmt: skip
+
+
+def step_dpo(
+    pred: Tensor, x_next: Tensor, ref: Tensor, x: Tensor, *step: Tensor, impl: Impl = "auto"
+) -> Tensor:
+    return fastpref.step_dpo_loss(
+        pred, ref, x, x_next, step_cases.transition(step), beta=step_cases.STEP_BETA, impl=impl
+    ).loss
+
+
+def sdpo(
+    pred: Tensor, x_next: Tensor, old: Tensor, x: Tensor, advantage: Tensor,
+    *step: Tensor, impl: Impl = "auto",
+) -> Tensor:  # fmt: skip
+    return fastpref.sdpo_loss(
+        pred,
+        old,
+        x,
+        x_next,
+        step_cases.transition(step),
+        advantage,
+        clip_range=step_cases.CLIP,
+        impl=impl,
+    ).loss
+
+
+def nft(
+    pred: Tensor, target: Tensor, old: Tensor, ref: Tensor, reward: Tensor, t: Tensor,
+    impl: Impl = "auto",
+) -> Tensor:  # fmt: skip
+    return fastpref.nft_loss(
+        pred, target, old, reward, t=t, beta=step_cases.NFT_BETA, ref_pred=ref,
+        kl_weight=step_cases.KL_WEIGHT, impl=impl,
+    ).loss  # fmt: skip
 
 
 DPO = fastpref.dpo_loss
@@ -175,7 +248,9 @@ FAMILIES = {
     ),
     "rankdpo_4": Family("lists", published_rankdpo, RANKDPO, members=4, shared=False),
     "rankdpo_8": Family("lists", published_rankdpo, RANKDPO, members=8),
-    "dspo": Family("sums", published_dspo, called(fastpref.dspo_loss, beta=DSPO_BETA), drifting=1),
+    "dspo": Family(
+        "sums", published_dspo, called(fastpref.dspo_loss, beta=DSPO_BETA), again=(0,), drifting=1
+    ),
     "dpo_safeguard": Family(
         "around", published_safeguard, called(DPO, beta=BETA, safeguard=SAFEGUARD)
     ),
@@ -183,6 +258,14 @@ FAMILIES = {
         "around", published_dro, called(DPO, beta=BETA, reduction="dro", dro_temperature=HEAT)
     ),
     "pair_errors": Family("errors", published_dpo, dpo_on_errors),
+    "grpo": of_steps(step_cases.published_grpo, grpo, 1, others=3, again=(1, 2)),
+    "grpo_stored": of_steps(step_cases.published_stored, grpo_stored, 1, others=1, again=(0,)),
+    "grpo_guard": of_steps(step_cases.published_guard, grpo_guard, 1, others=2, again=(0, 1)),
+    "step_dpo": of_steps(step_cases.published_step_dpo, step_dpo, 2, others=2, again=(1,)),
+    "sdpo": of_steps(step_cases.published_sdpo, sdpo, 2, others=2, again=(1,)),
+    "nft": of_steps(step_cases.published_nft, nft, 1, others=2, again=(0, 1))._replace(
+        kind="forward process"
+    ),
 }
 
 
@@ -256,6 +339,8 @@ class Case(NamedTuple):
         """A prediction that wants a gradient, its target and, where they are needed, the
         reference's prediction, and labels or scores. Errors are 0.25: for much smaller ones MaPO's
         published formula is too far off to pass for right."""
+        if self.family and self.family.kind in ("steps", "forward process"):
+            return self._of_steps(self.family)
         generator = torch.Generator(DEVICE).manual_seed(0)
         sample = SHAPES[self.shape]
 
@@ -280,6 +365,37 @@ class Case(NamedTuple):
             moved *= steps.view(-1, *[1] * len(sample))
         return *tensors, (pred + moved).to(DTYPES[self.pred]), *self._numbers()
 
+    def _of_steps(self, family: Family) -> tuple[Tensor, ...]:
+        """A prediction, where the step of the old policy went, the old policy's prediction, the
+        latents before the step and the reference's prediction, as far as the loss takes them, and
+        its numbers; of the forward process, targets in place of latents."""
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        sample = SHAPES[self.shape]
+
+        def randn() -> Tensor:
+            return torch.randn(self.samples, *sample, device=DEVICE, generator=generator)
+
+        far = torch.linspace(0.05, 0.1, self.samples, device=DEVICE).view(-1, *[1] * len(sample))
+        of_pred, of_target = DTYPES[self.pred], DTYPES[self.target]
+        old, x = randn().to(of_pred), randn().to(of_target)
+        pred = (old + far * randn()).to(of_pred)
+        ref = (pred + far * randn()).to(of_pred)
+        numbers = step_cases.advantages(self.samples, DEVICE)
+        if family.kind == "forward process":
+            target = (old + randn()).to(of_target)
+            t = torch.linspace(0.2, 0.9, self.samples, device=DEVICE)
+            reward = step_cases.rewards(self.samples, DEVICE)
+            return pred.requires_grad_(), target, old, ref, reward, t
+        step = step_cases.step_numbers(self.samples, DEVICE)
+        x_next = step.sample(x, old, generator)
+        operands = {
+            "grpo": (old, x, ref, numbers),
+            "grpo_stored": (x, step.log_prob(x, old, x_next), numbers),
+            "step_dpo": (old, x),
+        }
+        given = operands.get(self.link, (old, x, numbers))
+        return pred.requires_grad_(), x_next, *given, *step[:5]
+
     def _numbers(self) -> tuple[Tensor, ...]:
         """Labels of samples, or scores of lists, no two of which are the same."""
         if self.members == 1:
@@ -295,13 +411,29 @@ class Case(NamedTuple):
         sample = torch.Size(SHAPES[self.shape]).numel()
         of_pred = self.samples * sample * DTYPES[self.pred].itemsize
         of_target = self.targets * sample * DTYPES[self.target].itemsize
-        of_ref = of_pred if self.needs_ref else 0
-        again = of_pred * self.drifting // self.members
-        return of_pred + of_target + of_ref, 2 * of_pred + of_target + again
+        of_each = self._bytes_of_others(of_pred, of_target)
+        again = [of_each[i] * self.drifting // self.members for i in self.again]
+        return of_pred + of_target + sum(of_each), 2 * of_pred + of_target + sum(again)
+
+    def _bytes_of_others(self, of_pred: int, of_target: int) -> list[int]:
+        """Latents have the target's dtype, and predictions the prediction's."""
+        if self.family is None:
+            return [of_pred] * self.needs_ref
+        latents = {"grpo_stored": 0}.get(self.link, 1 if self.family.kind == "steps" else -1)
+        return [of_target if i == latents else of_pred for i in range(self.family.others)]
 
     @property
     def drifting(self) -> int:
         return self.family.drifting if self.family else 0
+
+    @property
+    def again(self) -> tuple[int, ...]:
+        return self.family.again if self.family else ()
+
+    @property
+    def large(self) -> int:
+        """How many of the tensors are as large as latents."""
+        return 2 + (self.family.others if self.family else self.needs_ref)
 
 
 @functools.cache

@@ -14,10 +14,10 @@ from fastpref_kernels import launch
 
 @triton.jit
 def read_kernel(
-    pred, target, ref, sums, size,
-    MEMBERS: tl.constexpr, SHARED: tl.constexpr, REFS: tl.constexpr, BLOCK: tl.constexpr,
+    pred, target, others, sums, size,
+    MEMBERS: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """size: elements of all first members, then come all second ones. REFS: members with a ref."""
+    """size: elements of all first members, then come all second ones. others: as large as pred."""
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -26,16 +26,17 @@ def read_kernel(
             total += tl.load(pred + m * size + at, inside, 0).to(tl.float32)
             if m == 0 or not SHARED:
                 total += tl.load(target + m * size + at, inside, 0).to(tl.float32)
-            if m < REFS:
-                total += tl.load(ref + m * size + at, inside, 0).to(tl.float32)
+            for i in tl.static_range(len(others)):
+                total += tl.load(others[i] + m * size + at, inside, 0).to(tl.float32)
     tl.store(sums + tl.program_id(0), tl.sum(total, 0))
 
 
 @triton.jit
 def write_kernel(
-    pred, target, ref, grad, size,
-    MEMBERS: tl.constexpr, SHARED: tl.constexpr, REFS: tl.constexpr, BLOCK: tl.constexpr,
+    pred, target, others, grad, size,
+    MEMBERS: tl.constexpr, SHARED: tl.constexpr, AGAIN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """AGAIN: how many members have the others added."""
     for start in range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < size
@@ -44,34 +45,31 @@ def write_kernel(
             if m == 0 or not SHARED:
                 goal = tl.load(target + m * size + at, inside, 0).to(tl.float32)
             value = tl.load(pred + m * size + at, inside, 0).to(tl.float32) + goal
-            if m < REFS:
-                value += tl.load(ref + m * size + at, inside, 0).to(tl.float32)
+            if m < AGAIN:
+                for i in tl.static_range(len(others)):
+                    value += tl.load(others[i] + m * size + at, inside, 0).to(tl.float32)
             values = values + (value,)  # noqa: RUF005 (the jit knows no unpacking)
         for m in tl.static_range(MEMBERS):
             tl.store(grad + m * size + at, values[m].to(grad.dtype.element_ty), inside)
 
 
-def read(pred: Tensor, target: Tensor, *ref: Tensor, members: int = 2) -> Tensor:
+def read(pred: Tensor, target: Tensor, *others: Tensor, members: int = 2) -> Tensor:
     """Sums of all elements, one for each program of a forward on these tensors."""
     grid, options = _launch(pred, target, members)
     sums = torch.empty(grid, dtype=torch.float32, device=pred.device)
-    refs = members if ref else 0
-    read_kernel[grid](
-        pred, target, *(ref or (pred,)), sums, pred.numel() // members, REFS=refs, **options
-    )
+    read_kernel[grid](pred, target, others, sums, pred.numel() // members, **options)
     return sums
 
 
 def write(
-    pred: Tensor, target: Tensor, *ref: Tensor, members: int = 2, drifting: int = 0
+    pred: Tensor, target: Tensor, *others: Tensor, members: int = 2, drifting: int = 0
 ) -> Tensor:
-    """pred + target, and the first members' ref if they are `drifting`, in memory like a
+    """pred + target, and those of the others of so many first members, in memory like a
     gradient's."""
     grid, options = _launch(pred, target, members)
     grad = torch.empty_like(pred)
-    write_kernel[grid](
-        pred, target, *(ref or (pred,)), grad, pred.numel() // members, REFS=drifting, **options
-    )
+    size = pred.numel() // members
+    write_kernel[grid](pred, target, others, grad, size, AGAIN=drifting, **options)
     return grad
 
 

@@ -478,17 +478,17 @@ def test_inputs_of_every_family_say_something() -> None:
 @pytest.mark.parametrize("link", ["dpo_sigmoid", *cases.FAMILIES])
 def test_bytes_are_those_that_the_launches_need(link: str) -> None:
     """Each of what they are given once, but for the loser's reference in DSPO's backward, along
-    which there is no gradient; on the way back prediction and target, and the gradient."""
+    which there is no gradient; on the way back prediction and target, what else has a direction or
+    makes the target, and the gradient."""
     family = cases.FAMILIES.get(link)
     case = Case(link, "tiny", 3, "fp32", "bf16", family.shared if family else True)
-    pred, target, ref = case.tensors()[:3]
-    again = ref.nbytes // 2 if link == "dspo" else 0
+    pred, target, *others = case.tensors()[: case.large]
+    again = sum(others[i].nbytes for i in case.again)
+    spared = again // 2 if link == "dspo" else 0
     forward, backward = case.bytes_moved()
-    assert forward == pred.nbytes + target.nbytes + ref.nbytes
-    assert backward == 2 * pred.nbytes + target.nbytes + again
-    assert sum(given_to_launches(case)) == forward + backward + (
-        ref.nbytes // 2 if link == "dspo" else 0
-    )  # fmt: skip
+    assert forward == pred.nbytes + target.nbytes + sum(t.nbytes for t in others)
+    assert backward == 2 * pred.nbytes + target.nbytes + again - spared
+    assert sum(given_to_launches(case)) == forward + backward + spared
 
 
 def given_to_launches(case: Case) -> list[int]:
@@ -497,7 +497,7 @@ def given_to_launches(case: Case) -> list[int]:
 
     def noted(kernel: Any, plan: Any, device: Any, pointers: Any, *rest: Any) -> None:
         operands = [each for each in pointers if isinstance(each, tuple)]
-        found.append(sum(t.nbytes for each in operands for t in each))
+        found.append(sum(t.nbytes for each in operands for t in each if t.dim() > 1))
         real(kernel, plan, device, pointers, *rest)
 
     real = launch._launch
@@ -511,16 +511,18 @@ def test_the_floor_of_a_family(link: str, monkeypatch: pytest.MonkeyPatch) -> No
     """Reads and writes what `bytes_moved` counts, in the programs of the real launches."""
     monkeypatch.setattr(launch, "MAX_PROGRAMS", 6)
     case = Case(link, "sd15", 1, "fp32", "bf16", cases.FAMILIES[link].shared)
-    pred, target, ref = tensors = case.tensors()[:3]
+    pred, target, *others = tensors = case.tensors()[: case.large]
+    again = [others[i] for i in case.again]
     with torch.no_grad():
         for tensor in tensors:
             tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape) % 3)
         sums = floors.read(*tensors, members=case.members)
-        grad = floors.write(*tensors, members=case.members, drifting=case.drifting)
+        grad = floors.write(pred, target, *again, members=case.members, drifting=case.drifting)
     assert sums.sum().item() == sum(tensor.double().sum().item() for tensor in tensors)
     wanted = pred.detach() + torch.cat([target] * (case.samples // case.targets))
     first = case.samples * case.drifting // case.members
-    wanted[:first] += ref[:first]
+    for other in again:
+        wanted[:first] += other[:first]
     assert torch.equal(grad, wanted)
     assert {grid[0] for grid in grids_of(link, case.tensors())} == {sums.numel()}
 
