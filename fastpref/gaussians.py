@@ -94,7 +94,7 @@ class Transition(NamedTuple):
             return value
         dead = self.std == 0
         constant = self.std.to(work).masked_fill(dead, 1.0).log() + HALF_LOG_2PI
-        count = x[0].numel() if reduction == "sum" else 1
+        count = math.prod(x.shape[1:]) if reduction == "sum" else 1
         return value - count * constant.masked_fill(dead, 0.0)
 
     def log_ratio(
@@ -196,7 +196,7 @@ class Transition(NamedTuple):
                     f"{name} is {tuple(value.shape)} on {value.device}, but {first} is "
                     f"{tuple(like.shape)} on {like.device}; expected the same shape and device"
                 )
-        if like.dim() < 2 or like[:1].numel() == 0 < len(like):
+        if like.dim() < 2 or 0 in like.shape[1:]:
             raise ValueError(
                 f"{first} has shape {tuple(like.shape)}; expected (samples, ...), from two "
                 "dimensions and one element a sample"

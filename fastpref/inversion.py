@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from .context import readable
+
 Model: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 PredictionType: TypeAlias = Literal["epsilon", "v_prediction", "sample"]
 
@@ -355,7 +357,7 @@ def _randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def _onto(device: torch.device, tensor: Tensor) -> Tensor:
     """The tensor on `device`; from the host, without waiting for what the device has yet to do."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
+    if device.type == "cuda" and readable(tensor):  # torch.compile cannot trace pinning
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 

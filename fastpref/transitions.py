@@ -137,7 +137,7 @@ def dance_sde(
     """
     predicts = prediction(prediction_type, schedule, FLOW_PREDICTIONS, "dance_sde")
     sigmas = flow_sigmas(schedule)
-    return _flow("dance_sde", step, sigmas, sigmas.new_tensor(knob("eta", eta)), predicts)
+    return _flow("dance_sde", step, sigmas, sigmas.new_full((), knob("eta", eta)), predicts)
 
 
 def cps(

@@ -111,6 +111,21 @@ def test_nothing_is_read_on_a_device() -> None:
     assert anchor_step(torch.zeros(2, 5, 3, device="meta")).shape == (2,)
 
 
+@pytest.mark.gpu
+@stds
+def test_nothing_waits_for_the_device(std: Any) -> None:
+    rewards, groups = torch.randn(12), torch.randint(0, 4, (12,))
+    there, ids = rewards.cuda(), groups.cuda()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found, rows = group_advantages(there, ids, std=std), group_advantages(there, 3, std=std)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found.cpu(), group_advantages(rewards, groups, std=std))
+    torch.testing.assert_close(rows.cpu(), group_advantages(rewards, 3, std=std))
+
+
 def test_rewards_that_are_not_finite() -> None:
     for bad in (math.nan, math.inf):
         rewards = torch.tensor([1.0, 2.0, bad, 4.0])

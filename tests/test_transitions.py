@@ -540,6 +540,69 @@ def test_sampling() -> None:
     assert drawn.std().item() == pytest.approx(many.std.item(), rel=0.02)
 
 
+@builders
+def test_compiled_transformed_and_under_autocast(name: str) -> None:
+    build, levels = BUILDERS[name]
+    x, pred, old, after = draw(4, 2, 3, 4, dtype=torch.float32)
+    steps = torch.tensor([0, 2])
+
+    def losses(pred: Tensor) -> tuple[Tensor, ...]:
+        t = build(levels, steps)
+        ratio, drift = t.log_ratio(x, pred, old, after), t.kl(pred, old, "published")
+        return t.log_prob(x, pred, after), ratio, drift, t.kl(pred, old)
+
+    wanted = losses(pred)
+    compiled = torch.compile(losses, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(pred), wanted)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(losses(pred), wanted, rtol=0, atol=0)
+    found = torch.func.grad(lambda p: sum(v.sum() for v in losses(p)))(pred)
+    grown = pred.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(torch.stack(losses(grown)).sum(), grown)
+    torch.testing.assert_close(found, grad)
+
+
+def test_one_step_of_the_host_serves_any_device() -> None:
+    """What an int makes lies on the CPU; numbers there multiply tensors anywhere, and nothing is
+    moved. Fake tensors check devices without having any."""
+    step = flow_sde(SIGMAS, 1)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, pred, old, after = (torch.empty(2, 3, 4, device="cuda") for _ in range(4))
+        fields = {key: torch.empty(2, device="cuda") for key in FIELDS}
+        for t in (step, step._replace(**fields)):
+            made = [t.log_prob(x, pred, after), t.log_ratio(x, pred, old, after)]
+            made += [t.kl(pred, old, kind) for kind in get_args(Kind)]
+            made += [t.sample(x, pred), t.sample(x, pred, torch.Generator())]
+            assert {value.device.type for value in made} == {"cuda"}
+
+
+@pytest.mark.gpu
+@builders
+def test_nothing_waits_for_the_device(name: str) -> None:
+    build, levels = BUILDERS[name]
+    x, pred, old, after = (t.cuda() for t in draw(4, 3, 4, 5, dtype=torch.float32))
+    steps, there = torch.tensor([0, 2, 1]), levels.cuda()
+    wanted = build(levels, steps)
+    on_device = steps.cuda()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made = [build(levels, on_device), build(there, on_device)]
+        made += [build(levels, 1), build(there, 1)]
+        for t in made:
+            t.log_prob(x, pred, after)
+            t.log_ratio(x, pred, old, after)
+            t.kl(pred, old, "gaussian")
+            t.sample(x, pred)
+            t.sample(x, pred, torch.Generator("cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for t in made[:2]:
+        torch.testing.assert_close(torch.stack(t[:5]).cpu(), torch.stack(wanted[:5]))
+        here = wanted.log_ratio(x.cpu(), pred.cpu(), old.cpu(), after.cpu())
+        torch.testing.assert_close(t.log_ratio(x, pred, old, after).cpu(), here)
+
+
 def test_numbers_are_those_of_the_schedule_in_fp64() -> None:
     """An fp32 schedule is not rounded again on the way: a small difference of levels stays one."""
     sigmas = torch.tensor([0.9, 0.9 - 1e-4, 0.5])
@@ -672,7 +735,9 @@ def test_bad_input_to_methods() -> None:
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             call()  # type: ignore[no-untyped-call]
-    assert flow_sde(SIGMAS, 1).kl(draw(0, 3), draw(0, 3)).shape == (0,)
+    empty, whole = draw(0, 3), flow_sde(SIGMAS, 1)
+    assert whole.kl(empty, empty).shape == (0,)
+    assert whole.log_prob(empty, empty, empty, reduction="sum").shape == (0,)
 
 
 def test_it_is_exported() -> None:
