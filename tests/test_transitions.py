@@ -568,7 +568,7 @@ def test_one_step_of_the_host_serves_any_device() -> None:
     step = flow_sde(SIGMAS, 1)
     with FakeTensorMode(allow_non_fake_inputs=True):
         x, pred, old, after = (torch.empty(2, 3, 4, device="cuda") for _ in range(4))
-        fields = {key: torch.empty(2, device="cuda") for key in FIELDS}
+        fields: dict[str, Any] = {key: torch.empty(2, device="cuda") for key in FIELDS}
         for t in (step, step._replace(**fields)):
             made = [t.log_prob(x, pred, after), t.log_ratio(x, pred, old, after)]
             made += [t.kl(pred, old, kind) for kind in get_args(Kind)]
@@ -610,6 +610,14 @@ def test_numbers_are_those_of_the_schedule_in_fp64() -> None:
     dt = float(sigmas[0].double() - sigmas[1].double())
     assert step.dt.item() == pytest.approx(dt, rel=1e-7)
     assert step.std.item() == pytest.approx(0.3 * dt**0.5, rel=1e-7)
+
+
+def test_rounding_leaves_no_negative_variance() -> None:
+    """Nearly clean, all noise is fresh, and of these levels rounding would make it more than all."""
+    levels = torch.tensor([0.3867117841087619, 0.9999999999999999], dtype=FP64)
+    step = ddim(levels, 0)
+    assert step.std.item() == pytest.approx(math.sqrt(2**-53), rel=1e-6)
+    assert step.a.item() == pytest.approx(levels[0].item() ** -0.5, rel=1e-6)
 
 
 def test_a_prediction_type_comes_from_the_scheduler() -> None:
