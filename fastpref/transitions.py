@@ -55,8 +55,8 @@ def ddim(
             default what the scheduler's config says, and "epsilon" where nothing does. With
             zero-terminal-SNR schedules, not "epsilon" at the first step.
 
-    Returns: Transition, of () for an int and (B,) otherwise, on step's device (for an int, the
-        schedule's). Computed in fp64, or in fp32 on devices without it; dt is 1.
+    Returns: Transition, of () for an int and (B,) otherwise, on the device of
+        a tensor step, else the schedule's. Computed in fp64, or in fp32 on devices without it; dt is 1.
 
     Raises: TypeError, ValueError; also for steps without noise, which have no log-probability, or
         without length, and for steps out of range, where step and schedule are on the CPU.
@@ -128,9 +128,8 @@ def dance_sde(
     Args:
         eta: from 0; 0.3 is published for FLUX, 0.25 for HunyuanVideo, 0.7 in MixGRPO.
 
-        The others, result and errors are as in `flow_sde`. DanceGRPO's log-probability has its
-        normaliser in some of its scripts and, on a line of its own without effect, not in others;
-        here it is included.
+        The others, result and errors are as in `flow_sde`. In MixGRPO's copy of this step the
+        normaliser of the log-probability is a line of its own without effect; here it is included.
 
     Source: Xue et al., arXiv:2505.07818; flux_step and its like in fastvideo/train_grpo_*.py of
     github.com/XueZeyue/DanceGRPO.

@@ -613,7 +613,7 @@ def test_numbers_are_those_of_the_schedule_in_fp64() -> None:
 
 
 def test_rounding_leaves_no_negative_variance() -> None:
-    """Nearly clean, all noise is fresh, and of these levels rounding would make it more than all."""
+    """Nearly clean, all noise is fresh; of these levels rounding would make it more than all."""
     levels = torch.tensor([0.3867117841087619, 0.9999999999999999], dtype=FP64)
     step = ddim(levels, 0)
     assert step.std.item() == pytest.approx(math.sqrt(2**-53), rel=1e-6)
