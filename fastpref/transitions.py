@@ -55,8 +55,8 @@ def ddim(
             default what the scheduler's config says, and "epsilon" where nothing does. With
             zero-terminal-SNR schedules, not "epsilon" at the first step.
 
-    Returns: Transition, of () for an int and (B,) otherwise, on the device of
-        a tensor step, else the schedule's. Computed in fp64, or in fp32 on devices without it; dt is 1.
+    Returns: Transition, of () for an int and (B,) otherwise, on the device of a tensor step, else
+        of the schedule. Computed in fp64, or in fp32 on devices without it; dt is 1.
 
     Raises: TypeError, ValueError; also for steps without noise, which have no log-probability, or
         without length, and for steps out of range, where step and schedule are on the CPU.
