@@ -582,13 +582,17 @@ for pred, target in (("fp32", "bf16"), ("bf16", "bf16"), ("fp32", "fp32")):
     warps = 8 if "fp32" in (pred, target) else 4
     for members, shared in ((1, False), (2, True), (2, False), (4, False), (8, True)):
         for kernel in (floors.read_kernel, floors.write_kernel):
-            refs = members if kernel is floors.read_kernel else members == 2
-            constants = {"MEMBERS": members, "SHARED": shared, "REFS": int(refs), "BLOCK": 1024}
+            constants = {"MEMBERS": members, "SHARED": shared, "BLOCK": 1024}
+            if kernel is floors.write_kernel:
+                constants["AGAIN"] = int(members == 2)
             types = {"target": f"*{target}", "sums": "*fp32", "size": "i32"}
+            types["others"] = (f"*{pred}", f"*{target}")
             signature = {name: types.get(name, f"*{pred}") for name in kernel.arg_names}
             signature |= dict.fromkeys(constants, "constexpr")
-            aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
-                       if name not in constants}
+            places = [(i, j) if name == "others" else (i,)
+                      for i, name in enumerate(kernel.arg_names) if name not in constants
+                      for j in range(2 if name == "others" else 1)]
+            aligned = {place: [["tt.divisibility", 16]] for place in places}
             source = ASTSource(kernel, signature, constants, aligned)
             target_gpu = GPUTarget("cuda", 90, 32)
             made = triton.compile(source, target=target_gpu, options={"num_warps": warps})
