@@ -1,7 +1,8 @@
 """Errors of published losses and of fastpref's against the truth.
 
-MaPO in fp32, by the size of the error (results/precision.csv, precision.png), and Diffusion-DPO on
-half-precision predictions (results/precision-half.csv).
+MaPO in fp32, by the size of the error (results/precision.csv, precision.png), Diffusion-DPO on
+half-precision predictions (results/precision-half.csv), and log-ratios of a sampler's steps
+(results/precision-steps.csv, precision-steps.png).
 
     python benchmarks/precision.py
 """
@@ -25,6 +26,7 @@ import matplotlib
 
 import fastpref
 import oracles
+import precision_steps
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -194,3 +196,4 @@ if __name__ == "__main__":
         print(f"{row['provider']:14} {row['dtype']:8} {row['stage']:10} mse {row['mse']:<3} "
               f"loss {row['loss']:.4f} for {row['exact_loss']:.4f}, off "
               f"{row['loss_rel_error']:.1e}; gradient off {row['grad_rel_error']:.1e}")  # fmt: skip
+    precision_steps.main()

@@ -20,7 +20,8 @@ import fastpref
 import fastpref_kernels
 from tiny_sdxl import TIME_WIDTH, tiny_sdxl
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+README_PATH = Path(__file__).resolve().parent.parent / "README.md"
+README = README_PATH.read_text()
 USE, DPO, BEFORE, AFTER, OWN, REWARDS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -183,6 +184,25 @@ def test_from_rewards() -> None:
     torch.testing.assert_close(names["pairs"].delta, rates.mean(1))
     assert names["pairs"].prompt.tolist() == [0, 2]
     torch.testing.assert_close(names["out"].margin[0], -2500.0 * (drop_w - drop_l))
+
+
+def test_figures_of_log_ratios_are_those_of_the_rows() -> None:
+    results = README_PATH.parent / "benchmarks" / "results"
+    with (results / "precision-steps.csv").open() as file:
+        found = [row for row in csv.DictReader(file) if row["quantity"] == "log-ratio"]
+
+    def span(column: str, provider: str) -> str:
+        values = [float(row[column]) for row in found if row["provider"].startswith(provider)]
+        return f"{min(values):.0e} to {max(values):.0e}".replace("e-0", "e-")
+
+    largest = [float(row["largest"]) for row in found]
+    text = README[README.index("The log-ratio of a sampler's step") :].split("\n\n")[0]
+    text = text.replace("\n", " ")
+    assert f"{min(largest):.0e} to {max(largest):.1e}".replace("e-0", "e-") in text
+    assert span("worst_error", "published") in text
+    ours = [row for row in found if row["provider"] in ("fastpref, torch", "fastpref, kernel")]
+    errors = [float(row["worst_error"]) for row in ours]
+    assert f"{min(errors):.0e} to {max(errors):.0e}" in text
 
 
 def test_figures_of_precision_are_those_of_the_rows() -> None:
