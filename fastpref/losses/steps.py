@@ -112,7 +112,7 @@ def grpo_loss(
         kl: what the divergence from ref_pred is measured in: "v", mean((pred - ref_pred)^2), or
             "x", b^2 times that (Flow-Factory's v-based and x-based); "gaussian", that over 2 std^2,
             the KL divergence of the two steps; "published", dt times that, which Flow-GRPO's code
-            computes.
+            computes, or that itself for CPS (transition.normalized False).
         variant: see above.
         divergence_limit: of "dppo".
         knobs: as in `fastpref.stepwise.step_loss`; sample_weight is for importance weights.
@@ -165,10 +165,11 @@ def _refuse_clips(low: Any, high: Any, advantage_clip: Any) -> None:
 def _kl_in(unit: str, weight: Scalar, transition: Transition) -> dict[str, Any]:
     """The numbers of `_with_kl` in the kernels."""
     gaussian = unit in ("gaussian", "published")
+    by_dt = unit == "published" and transition.normalized  # CPS has std in place of g
     return {
         "kl_weight": weight,
         "kl.half": 0.5 if gaussian else 1.0,
-        "kl.dt": transition.dt if unit == "published" else 1.0,
+        "kl.dt": transition.dt if by_dt else 1.0,
         "kl.b": 1.0 if unit == "v" else transition.b,
         "kl.std": transition.std if gaussian else 1.0,
     }
