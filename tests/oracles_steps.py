@@ -74,8 +74,8 @@ def _clipped_ratio(
     ratio: Tensor, advantage: Tensor, low: Any, high: Any, limit: float
 ) -> tuple[Tensor, Tensor]:
     advantage = advantage.clamp(-limit, limit)
-    bounded = torch.minimum(torch.maximum(ratio, torch.as_tensor(1.0 - low)),
-                            torch.as_tensor(1.0 + high))  # fmt: skip
+    low, high = (torch.as_tensor(c, dtype=torch.float64) for c in (low, high))
+    bounded = torch.clamp(ratio, 1 - low, 1 + high)
     losses = torch.maximum(-advantage * ratio, -advantage * bounded)
     out = ((advantage > 0) & (ratio > 1 + high)) | ((advantage < 0) & (ratio < 1 - low))
     return losses, out.double()

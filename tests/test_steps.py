@@ -358,3 +358,238 @@ def test_every_loss_is_its_formula(name: str, drift: float, device: torch.device
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samplers(sampler: str, name: str, device: torch.device) -> None:
     check(CASES[name], draw(CASES[name], device, sampler=sampler))
+
+
+DTYPES = [
+    (BF16, BF16, BF16), (FP16, FP16, FP16), (FP32, BF16, FP32), (BF16, FP32, FP16),
+    (FP16, FP16, BF16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["published", "guard_kl", "pso", "sdpo_near"])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t)[6:] for t in d))
+def test_dtypes(name: str, dtypes: Any, device: torch.device) -> None:
+    check(CASES[name], draw(CASES[name], device, dtypes=dtypes))
+
+
+@pytest.mark.parametrize("name", ["dppo_kl", "spo"])
+@pytest.mark.parametrize("sample", [(1,), (3,), (1025,), (2, 3, 4, 5), (1, 1, 1, 1)], ids=str)
+def test_shapes(name: str, sample: tuple[int, ...], device: torch.device) -> None:
+    """One element, more than a block of the kernels, and video."""
+    check(CASES[name], draw(CASES[name], device, sample=sample))
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [("guard_kl", "all"), ("published", "all")]
+    + [(name, numbers) for name in ("pso", "sdpo_near") for numbers in ("pair", "all")],
+)
+def test_transitions_of_all_of_pairs_and_of_each(
+    name: str, numbers: str, device: torch.device
+) -> None:
+    check(CASES[name], draw(CASES[name], device, numbers=numbers))
+
+
+@pytest.mark.parametrize("name", ["pso", "sdpo_near"])
+@pytest.mark.parametrize("shared", ["p", "r", "x", "pr", "rx"])
+def test_what_pairs_share(name: str, shared: str, device: torch.device) -> None:
+    check(CASES[name]._replace(shared=False), draw(CASES[name], device, shared=shared))
+
+
+@pytest.mark.parametrize("name", OF_LOG)
+@pytest.mark.parametrize("sampler", ["flow_sde", "cps"])
+def test_stored_log_probabilities(name: str, sampler: str, device: torch.device) -> None:
+    """With the normaliser, and without."""
+    check(CASES[name], stored(draw(CASES[name], device, sampler=sampler)))
+
+
+@each_impl
+@pytest.mark.parametrize("name", OF_LOG)
+def test_stored_log_probabilities_say_what_predictions_do(
+    name: str, impl: str, device: torch.device
+) -> None:
+    """As precisely as fp32 holds a log-probability."""
+    case = CASES[name]
+    for sampler in ("ddim", "cps"):
+        given = draw(case, device, drift=0.3, sampler=sampler)
+        plain, other = (call(case, each, impl).out for each in (given, stored(given)))
+        torch.testing.assert_close(other.log_ratio, plain.log_ratio, rtol=1e-5, atol=1e-6)
+
+
+def weights(case: Case) -> Tensor:
+    found = torch.linspace(0.5, 2.0, case.groups)
+    found[1] = 0.0
+    return found
+
+
+def hiding(rows: int, device: torch.device, channels: int = 1) -> Tensor:
+    mask = torch.rand(rows, channels, *SAMPLE[1:], generator=torch.Generator().manual_seed(0))
+    mask[1] = 0.0
+    return mask.to(device)
+
+
+SETTINGS = {
+    "none": Setting(reduction="none"),
+    "sum": Setting(reduction="sum"),
+    "dro": Setting(reduction="dro", dro_temperature=0.3),
+    "weight of all": Setting(weight=0.3),
+    "weights": Setting(weight=weights, reduction="none"),
+    "weights, dro": Setting(weight=weights, reduction="dro"),
+}
+
+
+@pytest.mark.parametrize("name", ["published", "guard_kl", "spo"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_reductions_and_weights(name: str, setting: str, device: torch.device) -> None:
+    case, how = CASES[name], SETTINGS[setting]
+    if callable(how.weight):
+        how = how._replace(weight=weights(case).to(device))
+    check(case, draw(case, device), how)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float", "of elements"])
+@pytest.mark.parametrize("name", ["published", "guard_kl", "pso", "spo"])
+def test_masks(name: str, kind: str, device: torch.device) -> None:
+    """Whose numbers weigh elements; samples that are hidden whole are 0."""
+    case = CASES[name]
+    given = draw(case, device)
+    shared = case.shared or (case.pairs and kind == "float")
+    mask = hiding(case.groups if shared else case.rows, device, 4 if kind == "of elements" else 1)
+    check(case, given._replace(mask=mask > 0.4 if kind == "bool" else mask))
+
+
+@pytest.mark.parametrize(
+    ("how", "impl"), [(how, i) for how in ("weight", "mask") for i in ("torch", "triton")]
+    + [("weight with a graph", "torch"), ("mask with a graph", "torch")],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, math.nan) for name in ("published", "guard_kl", "dppo", "sdpo")]
+    + [("dppo_kl", math.inf), ("spo", math.inf)],
+)  # fmt: skip
+def test_what_counts_not_may_be_anything(
+    name: str, how: str, value: float, impl: str, device: torch.device
+) -> None:
+    """A sample or a pair of weight 0, and what a mask hides; where autograd has the graph, too."""
+    case = CASES[name]._replace(shared=False)
+    mask = hiding(case.rows, device, SAMPLE[0]) > 0.4
+    setting, given = Setting(), draw(case, device)
+    if how.startswith("weight"):
+        mask = torch.arange(case.rows, device=device) % case.groups != 1
+        setting = Setting(weight=weights(case))
+        mask = mask.view(-1, 1, 1, 1).expand_as(given.pred)
+    else:
+        given = given._replace(mask=mask)
+    fields = ("pred", "other", "x", "x_next", *(["anchor"] if case.anchored else []))
+    spoiled = given._replace(
+        **{name: torch.where(mask, getattr(given, name), value) for name in fields}
+    )
+
+    def found(given: Given) -> tuple[Tensor, Tensor]:
+        pred = given.pred.detach().requires_grad_()
+        options = arguments(case, given, setting)
+        loss = getattr(fastpref, case.function)(pred, **options, impl=impl).loss
+        (grad,) = torch.autograd.grad(loss, pred, create_graph="graph" in how)
+        return loss.detach(), grad.detach()
+
+    clean, got = found(given), found(spoiled)
+    assert torch.equal(got[0], clean[0])
+    assert torch.equal(got[1], clean[1])
+    assert (got[1][~mask] == 0).all()
+    assert got[1].any()
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels_last": lambda t: t.to(memory_format=torch.channels_last),
+    "sliced": lambda t: torch.cat([t, t], dim=-1)[..., : t.shape[-1]],
+    "transposed": lambda t: t.transpose(1, 3).contiguous().transpose(1, 3),
+    "every other row": lambda t: t.repeat_interleave(2, 0)[::2],
+}
+
+
+@each_impl
+@pytest.mark.parametrize("name", ["guard_kl", "spo"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(name: str, layout: str, impl: str, device: torch.device) -> None:
+    """Of some operands, and of all."""
+    case, move = CASES[name], LAYOUTS[layout]
+    given = draw(case, device)
+    dense = call(case, given, impl)
+    for fields in (("pred", "x"), ("pred", "other", "x", "x_next", "anchor")):
+        moved = {f: move(t) for f in fields if (t := getattr(given, f)) is not None}
+        got = call(case, given._replace(**moved), impl)
+        torch.testing.assert_close(got.out.loss, dense.out.loss, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(got.out.log_ratio, dense.out.log_ratio, rtol=1e-4, atol=1e-8)
+        scale = dense.grad.abs().max().item()
+        torch.testing.assert_close(got.grad, dense.grad, rtol=1e-4, atol=1e-6 * scale)
+
+
+@each_impl
+def test_one_latent_for_all(impl: str, device: torch.device) -> None:
+    """Expanded, as a group's first latent is."""
+    for name in ("guard_kl", "pso"):
+        case = CASES[name]
+        given = draw(case, device)
+        one = given._replace(x=given.x[:1].expand_as(given.x))
+        got, wanted = (call(case, each, impl) for each in (one, one._replace(x=one.x.clone())))
+        torch.testing.assert_close(got.out.loss, wanted.out.loss, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_sample_by_sample_where_tensors_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastpref import reference
+
+    for name in ("guard_kl", "pso", "spo"):
+        given = draw(CASES[name], CPU)
+        wanted = call(CASES[name], given, "torch")
+        with monkeypatch.context() as patch:
+            patch.setattr(reference, "LARGE", 8)
+            got = call(CASES[name], given, "torch")
+        torch.testing.assert_close(got.out, wanted.out, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-5, atol=1e-8)
+
+
+HALVES = [{"x_next"}, {"model_pred", "x"}, {"other"}, {"model_pred", "x", "x_next", "other", "mask"}]
+
+
+@each_impl
+@pytest.mark.parametrize("name", ["pso", "sdpo", "spo"])
+def test_tuples_are_as_good_as_stacks(name: str, impl: str, device: torch.device) -> None:
+    """In all mixes, with all numbers of transitions, and stored log-probabilities."""
+    case = CASES[name]
+    masked = draw(case, device, drift=1.0)._replace(mask=hiding(case.rows, device))
+    for given in (masked, stored(draw(case, device, drift=1.0, numbers="pair"))):
+        stacked = call(case, given, impl)
+        for split in HALVES:
+            options = arguments(case, given)
+            pred = given.pred.detach()
+            leaves = [pred.requires_grad_()]
+            if "model_pred" in split and len(pred) == case.rows:
+                leaves = [half.detach().requires_grad_() for half in pred.chunk(2)]
+            others = {case.other, case.other.replace("pred", "log_prob")} if "other" in split else {}
+            for key in {*split, *others} & options.keys():
+                if len(options[key] if options[key] is not None else ()) == case.rows:
+                    options[key] = options[key].chunk(2)
+            out = getattr(fastpref, case.function)(
+                tuple(leaves) if len(leaves) == 2 else leaves[0], **options, impl=impl
+            )
+            grad = torch.cat(torch.autograd.grad(out.loss, leaves))
+            torch.testing.assert_close(out.loss, stacked.out.loss, rtol=1e-5, atol=1e-8)
+            torch.testing.assert_close(out[1:3], stacked.out[1:3], rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(out.margin, stacked.out.margin, rtol=1e-4, atol=1e-5)
+            scale = stacked.grad.abs().max().item()
+            torch.testing.assert_close(grad, stacked.grad, rtol=1e-4, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("name", [*CASES, "stored"])
+def test_formulas_in_fp64(name: str) -> None:
+    """With a transition in fp64, as in a gradient check."""
+    case = CASES["v" if name == "stored" else name]
+    given = draw(case, CPU, dtypes=(FP64, FP64, FP64), drift=0.3)
+    a, b, std, dt, _ = (n.double() for n in given.transition[:5])
+    given = given._replace(transition=Transition(a, b, std, dt, 0.5 / std**2))
+    given = stored(given, FP64) if name == "stored" else given
+    got = call(case, given, "torch")
+    for key, exact in truth(case, given).items():
+        value = got.grad if key == "grad" else getattr(got.out, key)
+        wanted = torch.as_tensor(exact.value).view(value.shape)
+        torch.testing.assert_close(value.detach(), wanted, rtol=1e-9, atol=1e-12)
