@@ -460,7 +460,7 @@ def test_masks(name: str, kind: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize(
     ("how", "impl"), [(how, i) for how in ("weight", "mask") for i in ("torch", "triton")]
-    + [("weight with a graph", "torch"), ("mask with a graph", "torch")],
+    + [(f"{how} with {by}", "torch") for how in ("weight", "mask") for by in ("a graph", "func")],
 )  # fmt: skip
 @pytest.mark.parametrize(
     ("name", "value"), [(name, math.nan) for name in ("published", "guard_kl", "dppo", "sdpo")]
@@ -487,7 +487,14 @@ def test_what_counts_not_may_be_anything(
     def found(given: Given) -> tuple[Tensor, Tensor]:
         pred = given.pred.detach().requires_grad_()
         options = arguments(case, given, setting)
-        loss = getattr(fastpref, case.function)(pred, **options, impl=impl).loss
+
+        def loss_of(pred: Tensor) -> Tensor:
+            return getattr(fastpref, case.function)(pred, **options, impl=impl).loss
+
+        if "func" in how:
+            grad, value = torch.func.grad_and_value(loss_of)(pred.detach())
+            return value, grad
+        loss = loss_of(pred)
         (grad,) = torch.autograd.grad(loss, pred, create_graph="graph" in how)
         return loss.detach(), grad.detach()
 
