@@ -600,3 +600,335 @@ def test_formulas_in_fp64(name: str) -> None:
         value = got.grad if key == "grad" else getattr(got.out, key)
         wanted = torch.as_tensor(exact.value).view(value.shape)
         torch.testing.assert_close(value.detach(), wanted, rtol=1e-9, atol=1e-12)
+
+
+# The first update after a rollout -----------------------------------------------------------------
+
+
+@each_impl
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_first_update_has_a_ratio_of_exactly_1(
+    sampler: str, dtype: torch.dtype, impl: str, device: torch.device
+) -> None:
+    """And the gradient that is known: the noise that was drawn, times a constant."""
+    for name in ("flow_grpo", "guard", "dppo", "pso", "sdpo"):
+        if impl == "triton" and (dtype, name) not in {
+            (FP32, "flow_grpo"), (BF16, "guard"), (BF16, "pso"), (FP16, "dppo"), (FP16, "sdpo")
+        }:  # fmt: skip
+            continue
+        case = CASES[name]
+        given = draw(case, device, drift=0.0, dtypes=(dtype,) * 3, sampler=sampler)
+        got = call(case, given, impl)
+        metrics = got.out.metrics()
+        assert (metrics["ratio"], metrics["ratio_off"], metrics["approx_kl"]) == (1, 0, 0)
+        assert not got.out.log_ratio.signbit().any()  # no -0 that somebody prints
+        assert not got.out.clipped.any()
+        assert got.out.margin is None or not got.out.margin.any()
+        a, b, std, dt, weight = (n.double().cpu().view(-1, 1, 1, 1) for n in given.transition[:5])
+        pred, x, x_next = (t.double().cpu() for t in (given.pred, given.x, given.x_next))
+        by_log = 2 * weight * b * (x_next - a * x - b * pred) / pred[0].numel()  # of one row
+        slope = -ADVANTAGE.double() if name == "dppo" else -ADVANTAGE.double().clamp(-5, 5)
+        if name == "guard":
+            slope = slope * (std / dt).flatten()
+        if name == "pso":
+            slope = torch.tensor([-25.0, 25.0], dtype=FP64).repeat_interleave(3)
+        if name == "sdpo":
+            first, second = TWO.double().clamp(-5, 5).chunk(2)
+            slope = -2 * 0.97 * torch.cat([first - second, second - first])
+        wanted = slope.view(-1, 1, 1, 1) * by_log / case.groups
+        scale = wanted.abs().max().item()
+        rounding = max(torch.finfo(dtype).eps, 1e-6) * scale + torch.finfo(dtype).tiny
+        close = {"rtol": 1e-5, "atol": rounding}
+        torch.testing.assert_close(got.grad.double().cpu(), wanted, **close)
+
+
+@each_impl
+@pytest.mark.parametrize("drift", [1e-2, 1e-4, 1e-6])
+def test_log_ratios_far_below_any_clip_are_right(
+    drift: float, impl: str, device: torch.device
+) -> None:
+    """Where the difference of two log-probabilities in fp32 is rounding."""
+    for name in ("flow_grpo", "guard", "spo"):
+        case = CASES[name]
+        given = draw(case, device, drift=drift)
+        wanted = torch.as_tensor(truth(case, given)["log_ratio"].value)
+        got = call(case, given, impl).out.log_ratio.double().cpu()
+        assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+# Bounds and extremes ------------------------------------------------------------------------------
+
+
+class At(NamedTuple):
+    transition: Transition
+    pred: Tensor
+    old: Tensor
+    x: Tensor
+    x_next: Tensor
+
+
+def at(log_ratios: list[float], device: torch.device = CPU, **of_step: Any) -> At:
+    """Samples of one element, whose log-ratios these are to the last bit in fp32, by the weight:
+    errors of 1 and 9, or of 9 and 1, or where it is 0 of 1 and 1."""
+    lr = torch.tensor(log_ratios, device=device)
+    one = torch.ones_like(lr)
+    weight = torch.where(lr == 0, 1.0, lr.abs() / 8)
+    fields = {"a": 0 * one, "b": one, "std": one, "dt": one, "weight": weight} | of_step
+    pred, old = torch.where(lr < 0, 3.0, one), torch.where(lr > 0, 3.0, one)
+    return At(Transition(**fields), pred[:, None], old[:, None], 0 * one[:, None], 0 * one[:, None])
+
+
+def of_grpo(given: At, impl: str, **options: Any) -> Called:
+    pred = given.pred.detach().requires_grad_()
+    out = fastpref.grpo_loss(
+        pred, given.old, given.x, given.x_next, given.transition, reduction="none", impl=impl,
+        **options,
+    )  # fmt: skip
+    return Called(out, torch.autograd.grad(out.loss.sum(), pred)[0])
+
+
+CLIPS = (1e-3, 1e-4, 1e-5, 2e-6)
+
+
+@each_impl
+@pytest.mark.parametrize("clip", CLIPS)
+def test_ratios_at_their_bounds(clip: float, impl: str, device: torch.device) -> None:
+    """To the sixth digit of the clip. Within, the gradient is A r, without more."""
+    low, high = math.log1p(-clip), math.log1p(clip)
+    near, far = 1 - 1e-6, 1 + 1e-6
+    rows = [  # log-ratio, advantage, whether it is clipped
+        (high * near, 1.0, 0), (high * far, 1.0, 1), (high * far, -1.0, 0), (low * far, 1.0, 0),
+        (low * near, -2.0, 0), (low * far, -2.0, 1), (low * far, 2.0, 0), (high * 9, -1.0, 0),
+        (high * 9, 3.0, 1), (0.0, 1.0, 0), (0.0, -1.0, 0),
+    ]  # fmt: skip
+    lr, advantage, clipped = (torch.tensor(each, device=device) for each in zip(*rows, strict=True))
+    given = at(lr.tolist(), device)
+    for as_tensor in (False, True):
+        c: Any = torch.full_like(lr, clip) if as_tensor else clip
+        out, grad = of_grpo(given, impl, advantage=advantage, clip_range=c)
+        torch.testing.assert_close(out.log_ratio, lr, rtol=1e-7, atol=0)
+        assert torch.equal(out.clipped, clipped.to(lr))
+        bound = torch.where(advantage > 0, 1 + clip, 1 - clip)
+        wanted = -advantage * torch.where(clipped == 1, bound, torch.exp(lr))
+        torch.testing.assert_close(out.loss, wanted, rtol=3e-7, atol=0)
+        by_pred = -2 * given.transition.weight * given.pred[:, 0]
+        slope = torch.where(clipped == 1, 0.0, -advantage * torch.exp(lr) * by_pred)
+        torch.testing.assert_close(grad[:, 0], slope, rtol=1e-5, atol=0)
+
+
+@each_impl
+def test_a_clip_above_may_be_wider(impl: str, device: torch.device) -> None:
+    lr = [0.15, 0.25, -0.15, -0.25]
+    advantage = torch.tensor([1.0, 1.0, -1.0, -1.0], device=device)
+    given = at(lr, device)
+    out = of_grpo(given, impl, advantage=advantage, clip_range=0.1, clip_range_high=0.2).out
+    assert out.clipped.tolist() == [0, 1, 1, 1]  # log(1.2) is 0.18
+    out = of_grpo(given, impl, advantage=advantage, clip_range=1.0, clip_range_high=3.0).out
+    assert out.clipped.tolist() == [0, 0, 0, 0]
+
+
+@each_impl
+def test_advantages_are_clipped_only_where_they_are_to_be(
+    impl: str, device: torch.device
+) -> None:
+    advantage = torch.tensor([7.0, -7.0, 3.0], device=device)
+    given = at([0.0, 0.0, 0.0], device)
+    for limit, wanted in ((5.0, [-5, 5, -3]), (None, [-7, 7, -3]), (2.0, [-2, 2, -2])):
+        for variant in ("clip", "guard"):
+            out = of_grpo(given, impl, advantage=advantage, advantage_clip=limit, variant=variant)
+            assert out.out.loss.tolist() == wanted
+    out = of_grpo(given, impl, advantage=advantage, variant="dppo").out
+    assert out.loss.tolist() == [-7, 7, -3]
+
+
+@each_impl
+def test_divergences_at_the_limit(impl: str, device: torch.device) -> None:
+    """D is 2 here. What lies at the limit is dropped if it would go farther; not at a ratio of 1,
+    which there is far away, too."""
+    given = at([0.1, 0.1, -0.1, -0.1, 0.0], device)
+    given.old[4] = -1.0
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0], device=device)
+    for limit, dropped in ((2.0, [1, 0, 0, 1, 0]), (2.000001, [0] * 5), (1e-30, [1, 0, 0, 1, 0])):
+        out, grad = of_grpo(
+            given, impl, advantage=advantage, variant="dppo", divergence_limit=limit
+        )
+        assert out.clipped.tolist() == dropped
+        assert (out.loss == 0).tolist() == [bool(d) for d in dropped]
+        assert (grad[:, 0] == 0).tolist() == [bool(d) for d in dropped]
+
+
+WAYS = ["triton", "torch", "graph", "func"]
+
+
+def by_way(way: str, loss: Callable[..., Any], pred: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of loss(pred, impl), summed."""
+    if way == "func":
+        grad, value = torch.func.grad_and_value(lambda p: loss(p, "torch").sum())(pred)
+        return value, grad
+    leaf = pred.detach().requires_grad_()
+    value = loss(leaf, "torch" if way == "graph" else way).sum()
+    (grad,) = torch.autograd.grad(value, leaf, create_graph=way == "graph")
+    return value.detach(), grad.detach()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("variant", ["clip", "guard", "dppo"])
+def test_an_advantage_of_0_is_exactly_0(variant: str, way: str, device: torch.device) -> None:
+    """Also where the ratio overflows, or the prediction is infinite; what else there is counts."""
+    given = at([200.0, -200.0, 0.5, 0.2], device)
+    advantage = torch.tensor([0.0, 0.0, 0.0, 1.0], device=device)
+    for value in (1.0, math.inf, math.nan, 1e30):
+        pred = given.pred.clone()
+        pred[2] = value
+
+        def loss(pred: Tensor, impl: str) -> Tensor:
+            return fastpref.grpo_loss(
+                pred, *given[2:], given.transition, advantage, variant=variant, impl=impl
+            ).loss
+
+        total, grad = by_way(way, loss, pred)
+        alone, by_alone = by_way(
+            way,
+            lambda p, impl: fastpref.grpo_loss(
+                p, *(t[3:] for t in given[2:]), given.transition.select([3]), advantage[3:],
+                variant=variant, impl=impl,
+            ).loss,
+            pred[3:],
+        )  # fmt: skip
+        torch.testing.assert_close(4 * total, alone)
+        assert not grad[:3].any()
+        torch.testing.assert_close(4 * grad[3:], by_alone)
+
+
+@each_impl
+def test_sdpo_at_its_bounds(impl: str, device: torch.device) -> None:
+    """A log-ratio at the bound is not clipped, and a gradient goes by the greater square."""
+    clip = float(torch.tensor(1e-4))
+    given = at([clip, 2 * clip, 2 * clip, -clip, 0.0, 0.0], device)
+    advantage = torch.tensor([1.0, 1.0, -1.0, 0.0, 0.0, 0.0], device=device)
+    pred = given.pred.detach().requires_grad_()
+    out = fastpref.sdpo_loss(
+        pred, *given[2:], given.transition, advantage, clip_range=clip, reduction="none", impl=impl
+    )
+    (grad,) = torch.autograd.grad(out.loss.sum(), pred)
+    assert out.clipped.tolist() == [0, 1, 1, 0, 0, 0]
+    # d - A: 2e-4 - 1; 2e-4 - 1, whose square is less than that of 1e-4 - 1; 2e-4 + 1
+    assert (grad[:, 0] != 0).tolist() == [True, False, True, True, True, True]
+    wanted = [(2 * clip - 1) ** 2, (clip - 1) ** 2, (2 * clip + 1) ** 2]
+    torch.testing.assert_close(out.loss, torch.tensor(wanted, device=device))
+    assert out.margin.tolist() == pytest.approx([2 * clip, 2 * clip, -2 * clip])
+
+
+@each_impl
+def test_step_dpo_at_its_bounds(impl: str, device: torch.device) -> None:
+    low, high = math.log(0.9), math.log(1.1)
+    near, far = 1 - 1e-6, 1 + 1e-6
+    rows = [high * near, high * far, low * near, low * far, 0.0]
+    given = at(rows + [0.0] * 5, device)
+
+    def found(clip: Any) -> Called:
+        pred = given.pred.detach().requires_grad_()
+        out = fastpref.step_dpo_loss(
+            pred, *given[2:], given.transition, beta=2.0, clip=clip, reduction="none", impl=impl
+        )
+        return Called(out, torch.autograd.grad(out.loss.sum(), pred)[0])
+
+    out, grad = found(0.1)
+    assert out.clipped.tolist() == [0, 1, 0, 1] + [0] * 6
+    assert (grad[:4, 0] == 0).tolist() == [False, True, False, True]
+    assert out.loss[4].item() == pytest.approx(math.log(2), rel=1e-6)
+    assert out.margin[4] == 0
+    torch.testing.assert_close(out.margin[:2], torch.full((2,), 2 * high, device=device))
+    out, grad = found(None)
+    assert not out.clipped.any()
+    assert grad[:4].all()
+
+
+@each_impl
+def test_margins_that_overflow_a_sigmoid(impl: str, device: torch.device) -> None:
+    """-log(sigmoid(-105)) is infinite in fp32; LPO's beta is 500."""
+    given = at([-0.105, 0.095], device)
+    out = fastpref.step_dpo_loss(
+        given.pred, *given[2:], given.transition, beta=1000.0, impl=impl
+    )
+    assert out.loss.item() == pytest.approx(200.0, rel=1e-4)
+
+
+# What stays where it is ---------------------------------------------------------------------------
+
+
+@each_impl
+@pytest.mark.parametrize("what", ["pred", "other", "x", "x_next"])
+@pytest.mark.parametrize("name", ["flow_grpo", "guard", "dppo", "pso", "sdpo"])
+def test_nan_stays_in_its_sample(name: str, what: str, impl: str, device: torch.device) -> None:
+    if impl == "triton" and name in ("guard", "pso"):
+        pytest.skip("as the others")
+    case, setting = CASES[name], Setting(reduction="none")
+    given = draw(case, device)
+    spoiled = getattr(given, what).clone()
+    spoiled[1, 0, 0, 0] = math.nan
+    out = call(case, given._replace(**{what: spoiled}), impl, setting)
+    clean = call(case, given, impl, setting)
+    assert out.out.loss[1].isnan()
+    assert out.out.log_ratio[1].isnan()
+    assert out.grad[1].isnan().any()
+    others = [i for i in range(case.rows) if i % case.groups != 1]
+    groups = others[: case.groups - 1]
+    assert torch.equal(out.out.loss[groups], clean.out.loss[groups])
+    assert torch.equal(out.out.log_ratio[others], clean.out.log_ratio[others])
+    assert torch.equal(out.grad[others], clean.grad[others])
+    assert out.out.metrics()["loss"].isnan()
+
+
+def still(given: Given, rows: list[int], weight: float, b: float | None) -> Given:
+    """Steps without noise among the others, as they come about by hand."""
+    fields = [field.clone() for field in given.transition[:5]]
+    for field, value in zip(fields[1:], (b, 0.0, 0.0, weight), strict=True):
+        if value is not None:
+            field[rows] = value
+    return given._replace(transition=Transition(*fields))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("weight", "b"), [(math.inf, 0.0), (0.0, 0.0), (math.inf, None)])
+@pytest.mark.parametrize("name", [*ONE_EACH, "gaussian", "x", "sdpo", "stored", "stored sdpo"])
+def test_steps_without_noise_add_exactly_0(
+    name: str, weight: float, b: float | None, way: str, device: torch.device
+) -> None:
+    """To loss and gradient, but they count in the mean; a pair does where one of its steps is."""
+    if way == "triton" and (weight, b) == (0.0, 0.0):
+        pytest.skip("as the others")
+    case = CASES[name.replace("stored", "").strip() or "published"]._replace(shared=False)
+    given = draw(case, device)
+    if "stored" in name:
+        given = stored(given)
+        given.log_prob[1] = math.inf
+    made = still(given, [1], weight, b)
+    given.pred[1], made.pred[1] = 0.0, math.nan if b is None else math.inf
+    others = [i for i in range(case.rows) if i % case.groups != 1]
+
+    def of(given: Given) -> tuple[Tensor, Tensor]:
+        options = arguments(case, given)
+
+        def loss(pred: Tensor, impl: str) -> Tensor:
+            return getattr(fastpref, case.function)(pred, **options, impl=impl).loss
+
+        return by_way(way, loss, given.pred)
+
+    weighed = weights(case).to(device) * 0 + 1
+    weighed[1] = 0.0
+    loss, grad = of(made)
+    if way in ("triton", "torch"):
+        wanted = call(case, given, way, Setting(weight=weighed))
+        torch.testing.assert_close(loss, wanted.out.loss.detach(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(grad[others], wanted.grad[others], rtol=1e-6, atol=0)
+        out = call(case, made._replace(pred=given.pred), way, Setting(reduction="none")).out
+        assert out.loss[1] == 0
+        assert out.log_ratio[1] == 0
+        assert out.kl is None or out.kl[1] == 0
+        assert all(value.isfinite() for value in out.metrics().values())
+    rest = [i for i in range(case.rows) if i not in others]
+    assert (grad[rest] == 0).all()
+    assert loss.isfinite()
+    assert grad.isfinite().all()
