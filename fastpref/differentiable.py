@@ -132,11 +132,13 @@ def _gated_sums(
     ref = None if side.ref is None else side.ref.to(dtype)
     anchor = None if side.anchor is None else side.anchor.to(dtype)
     of_ref = [] if ref is None or ref.dim() == 2 else [ref]
+    of_anchor = [] if anchor is None else [anchor]
     if side.mask is not None:  # what it hides may be anything, NaN too
         hidden = side.mask == 0
         if transformed():  # the mask may be differentiated by, where it is 0 too
-            hidden = hidden & ~_largest(pred, target, *of_ref).isfinite()
+            hidden = hidden & ~_largest(pred, target, *of_ref, *of_anchor).isfinite()
         pred, target, *of_ref = (torch.where(hidden, 0.0, t) for t in (pred, target, *of_ref))
+        anchor = None if anchor is None else torch.where(hidden, 0.0, anchor)
     huber_c = side.huber_c
 
     def reduced(elements: Tensor) -> Tensor:

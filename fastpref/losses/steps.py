@@ -8,7 +8,7 @@ formulas log_ratio is log(p(x_next | x) / p_old(x_next | x)), means over a sampl
 
 with weight = 1 / (2 std^2), 1 for CPS. As a product it is exactly 0, and the ratio 1, where
 model_pred equals old_pred. The published codes subtract two log-probabilities, which in fp32 is off
-by 9e-9 to 2e-7 (benchmarks/precision.py), while clips in use are 1e-3 to 2e-6.
+by 1e-9 to 1.5e-7 (benchmarks/precision.py), while clips in use are 1e-3 to 2e-6.
 Log-probabilities that a framework stored are taken in place of predictions, at that precision.
 
 Every function returns a StepOutput (`nft_loss` a ForwardOutput), runs in one launch each way, and
@@ -112,7 +112,7 @@ def grpo_loss(
         kl: what the divergence from ref_pred is measured in: "v", mean((pred - ref_pred)^2), or
             "x", b^2 times that (Flow-Factory's v-based and x-based); "gaussian", that over 2 std^2,
             the KL divergence of the two steps; "published", dt times that, which Flow-GRPO's code
-            computes, but not for CPS.
+            computes, or that itself for CPS (transition.normalized False).
         variant: see above.
         divergence_limit: of "dppo".
         knobs: as in `fastpref.stepwise.step_loss`; sample_weight is for importance weights.
@@ -165,10 +165,11 @@ def _refuse_clips(low: Any, high: Any, advantage_clip: Any) -> None:
 def _kl_in(unit: str, weight: Scalar, transition: Transition) -> dict[str, Any]:
     """The numbers of `_with_kl` in the kernels."""
     gaussian = unit in ("gaussian", "published")
+    by_dt = unit == "published" and transition.normalized  # CPS has std in place of g
     return {
         "kl_weight": weight,
         "kl.half": 0.5 if gaussian else 1.0,
-        "kl.dt": transition.dt if unit == "published" and transition.normalized else 1.0,
+        "kl.dt": transition.dt if by_dt else 1.0,
         "kl.b": 1.0 if unit == "v" else transition.b,
         "kl.std": transition.std if gaussian else 1.0,
     }

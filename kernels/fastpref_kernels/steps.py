@@ -33,8 +33,8 @@ def _log_normalizer(like, std, normalized):
 
 @jit
 def _ratio_of(sums, w):
-    """log p / p_other."""
-    return times(-w, sums[1])
+    """log p / p_other; 0, not -0, of equal predictions."""
+    return tl.zeros_like(w) - times(w, sums[1])
 
 
 @jit
@@ -65,13 +65,20 @@ def _log_bounds(like, below, above):
 
 
 @jit
+def _times_exp(weight, x):
+    """weight exp(x), 0 for a weight of 0, with a gradient of 0, where exp would overflow, too."""
+    overflows = (weight == 0.0) & (x > 80.0)
+    return times(weight, tl.exp(tl.where(overflows, tl.zeros_like(x), x)))
+
+
+@jit
 def _ppo(lr, scalars):
     """(max(-A r, -A clamp(r, 1 - below, 1 + above)), its slope by log r, 1 where it is clipped).
     Ratios are compared as logarithms, which is right however near to 1 they are."""
     advantage = _clamped(tl.zeros_like(lr) + scalars[0], -scalars[1], scalars[1])
     low, high = _log_bounds(lr, scalars[2], scalars[3])
     clipped = tl.where(advantage > 0.0, lr > high, (lr < low) & (advantage < 0.0))
-    value = times(-advantage, tl.exp(tl.where(clipped, _clamped(lr, low, high), lr)))
+    value = _times_exp(-advantage, tl.where(clipped, _clamped(lr, low, high), lr))
     none = tl.zeros_like(lr)
     return value, tl.where(clipped, none, value), tl.where(clipped, none + 1.0, none)
 
@@ -143,7 +150,7 @@ def _grpo_dppo(sums, cross, scalars, batch):
     far = 0.5 * per_std * per_std * drift >= threshold
     away = ((lr > 0.0) & (none + advantage > 0.0)) | ((lr < 0.0) & (none + advantage < 0.0))
     dropped = far & away
-    value = tl.where(dropped, none, times(none - advantage, tl.exp(lr)))
+    value = tl.where(dropped, none, _times_exp(none - advantage, lr))
     dropped = tl.where(dropped, none + 1.0, none)
     return _with_kl(value, (times(w, -value), none), lr, dropped, sums[0], w, scalars[5:])
 

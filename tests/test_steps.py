@@ -1,0 +1,934 @@
+"""Losses on a sampler's steps and DiffusionNFT's: each is its published formula, fused and eager,
+with every knob; and what holds of them besides."""
+# mypy: disable-error-code="arg-type, index, misc, operator, union-attr"
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastpref
+import oracles_steps as oracles
+from fastpref.transitions import (
+    Transition,
+    cps,
+    dance_sde,
+    ddim,
+    euler_ancestral,
+    flow_sde,
+    lcm,
+)
+from fastpref_kernels import launch
+from fastpref_kernels import steps as links
+from fastpref_kernels.links import Group
+from oracles import Truth, assert_three_way
+from oracles_beyond import reduced
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+each_impl = pytest.mark.parametrize("impl", ["triton", "torch"])
+
+FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+CPU = torch.device("cpu")
+SAMPLE = (4, 5, 7)
+SINGLES, PAIRS = 5, 3
+SIGMAS = torch.linspace(1, 0, 11)
+ANCESTRAL = torch.tensor([14.6, 7.0, 4.0, 2.5, 1.5, 0.9, 0.5, 0.2])
+RISING = torch.tensor([0.004, 0.05, 0.15, 0.3, 0.5, 0.8, 0.9, 0.99])
+SAMPLERS: dict[str, tuple[Any, Tensor]] = {
+    "flow_sde": (flow_sde, SIGMAS), "dance_sde": (dance_sde, SIGMAS), "cps": (cps, SIGMAS),
+    "ddim": (ddim, RISING), "euler_ancestral": (euler_ancestral, ANCESTRAL), "lcm": (lcm, RISING),
+}  # fmt: skip
+ADVANTAGE = torch.tensor([1.0, -1.3, 0.5, -7.0, 0.0])
+TWO = torch.tensor([0.7, -9.0, 0.2, -0.4, 1.5, 0.2])  # of pairs, one of which is a tie
+
+
+class Case(NamedTuple):
+    """A public function with options, its formula, and the numbers that both take."""
+
+    function: str
+    loss: Callable[..., oracles.Found]
+    numbers: dict[str, Any]
+    options: dict[str, Any] = {}
+    anchored: bool = False
+    pairs: bool = False
+    shared: bool = False
+    """Whether a pair shares x and its prediction."""
+
+    @property
+    def groups(self) -> int:
+        return PAIRS if self.pairs else SINGLES
+
+    @property
+    def rows(self) -> int:
+        return 2 * PAIRS if self.pairs else SINGLES
+
+    @property
+    def other(self) -> str:
+        """The name of the other policy's predictions."""
+        return "ref_pred" if self.function == "step_dpo_loss" else "old_pred"
+
+
+def grpo(loss: Any, kl: str = "", variant: str = "clip", **numbers: Any) -> Case:
+    options = ({"kl": kl} if kl else {}) | ({"variant": variant} if variant != "clip" else {})
+    more = {"kl_weight": 0.04} if kl else {}
+    return Case("grpo_loss", loss, {"advantage": ADVANTAGE, **more, **numbers}, options, bool(kl))
+
+
+def with_kl(loss: Callable[..., oracles.Found]) -> Callable[..., oracles.Found]:
+    """v-based, which the codes have no other than in their own variants."""
+
+    def anchored(step: oracles.Step, pred: Tensor, old: Any, log_prob: Any, ref: Tensor,
+                 kl_weight: float, **numbers: Any) -> oracles.Found:  # fmt: skip
+        found = loss(step, pred, old, log_prob, ref, **numbers)
+        kl = oracles.mean((pred - ref).square(), step.mask)
+        return found._replace(losses=found.losses + kl_weight * kl, kl=kl)
+
+    return anchored
+
+
+BOTH = {"clip_range": 1e-4, "clip_range_high": 3e-4}
+SINGLE: dict[str, Case] = {
+    "flow_grpo": grpo(oracles.flow_grpo, clip_range=1e-4),
+    "dance": grpo(oracles.flow_grpo, clip_range=torch.tensor([1e-4, 1e-3, 1e-5, 1e-4, 1e-4])),
+    "published": grpo(oracles.flow_grpo, "published", clip_range=1e-4),
+    **{k: grpo(oracles.flow_factory(k), k, **BOTH) for k in ("x", "v", "gaussian")},
+    "guard": grpo(oracles.guard_of_each, variant="guard", clip_range=2e-6),
+    "guard_wide": grpo(oracles.guard_of_each, variant="guard", clip_range=1e-3),
+    "guard_kl": grpo(with_kl(oracles.guard_of_each), "v", "guard", clip_range=2e-5),
+    "dppo": grpo(oracles.flow_dppo, variant="dppo", divergence_limit=1e-5),
+    "dppo_kl": grpo(with_kl(oracles.flow_dppo), "v", "dppo", divergence_limit=1e-4),
+}
+
+
+def dpo(beta: Any, clip: float | None = 0.1, shared: bool = False) -> Case:
+    numbers = {"beta": beta, "clip": clip}
+    return Case("step_dpo_loss", oracles.step_dpo, numbers, pairs=True, shared=shared)
+
+
+PAIRED: dict[str, Case] = {
+    "d3po": dpo(0.1), "spo": dpo(10.0, shared=True), "lpo": dpo(500.0, shared=True),
+    "pso": dpo(50.0), "tailor": dpo(10.0, None, shared=True),
+    "each": dpo(torch.tensor([0.1, 10.0, 500.0])),
+    "sdpo": Case("sdpo_loss", oracles.sdpo, {"advantage": TWO, "step_weight": 0.97}, pairs=True),
+    "sdpo_near": Case(
+        "sdpo_loss", oracles.sdpo,
+        {"advantage": 1e-5 * TWO, "step_weight": 1.0, "clip_range": 2e-4, "advantage_clip": 5e-5},
+        pairs=True, shared=True,
+    ),
+}  # fmt: skip
+CASES = SINGLE | PAIRED
+ONE_EACH = ("published", "guard_kl", "dppo_kl", "spo", "sdpo_near")
+OF_LOG = ("flow_grpo", "published", "v", "pso", "tailor", "sdpo", "sdpo_near")
+
+
+class Given(NamedTuple):
+    """The tensors of a call, stacked; log_prob in place of other, where it is there."""
+
+    pred: Tensor
+    other: Tensor | None
+    x: Tensor
+    x_next: Tensor
+    transition: Transition
+    anchor: Tensor | None = None
+    log_prob: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class Setting(NamedTuple):
+    """How a loss is called, besides its own numbers."""
+
+    weight: Any = 1.0
+    reduction: str = "mean"
+    dro_temperature: float = 1.0
+
+
+def steps_of(sampler: str, step: Any, device: torch.device = CPU) -> Transition:
+    build, schedule = SAMPLERS[sampler]
+    made: Transition = build(schedule, step)
+    return made.to(device)
+
+
+def draw(
+    case: Case,
+    device: torch.device,
+    *,
+    drift: float = 0.01,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype] = (FP32, FP32, FP32),
+    sample: tuple[int, ...] = SAMPLE,
+    sampler: str = "flow_sde",
+    numbers: str = "each",
+    shared: str | None = None,
+) -> Given:
+    """dtypes: of predictions, latents, and the others' predictions. numbers: a transition's, for
+    "each" row, each "pair", or "all". shared: which of p, r and x a pair shares."""
+    generator = torch.Generator().manual_seed(1)
+    of_pred, of_x, of_other = dtypes
+    rows = case.rows
+    shared = ("prx" if case.shared else "") if shared is None else shared
+
+    def randn(name: str) -> Tensor:
+        n = case.groups if name in shared else rows
+        return torch.randn(n, *sample, generator=generator)
+
+    n = {"each": rows, "pair": case.groups, "all": 0}[numbers]
+    of_step = steps_of(sampler, torch.arange(n) % 6 + 1 if n else 2)
+    x, old, moved = randn("x").to(of_x), randn("r").to(of_other), randn("p")
+    whole_x, whole_old = (t if len(t) == rows else torch.cat([t, t]) for t in (x, old))
+    of_row = of_step if n != case.groups or rows == n else of_step.select([*range(n), *range(n)])
+    x_next = of_row.sample(whole_x, whole_old.float(), generator)
+    of = old if len(moved) == len(old) else old[: len(moved)] if len(moved) < rows else whole_old
+    pred = of.float() + drift * moved
+    anchor = (pred + 0.05 * randn("p")).to(device, of_other) if case.anchored else None
+    return Given(
+        pred.to(device, of_pred), old.to(device), x.to(device), x_next.to(device),
+        of_step.to(device), anchor,
+    )  # fmt: skip
+
+
+def stored(given: Given, dtype: torch.dtype = FP32) -> Given:
+    """With log-probabilities in place of the other's predictions."""
+    rows = len(given.x_next)
+    x, other = (t if len(t) == rows else torch.cat([t, t]) for t in (given.x, given.other))
+    of_step = given.transition
+    if len(of_step.std.view(-1)) not in (1, rows):
+        of_step = of_step.select([*range(rows // 2)] * 2)
+    log_prob = of_step.log_prob(x.double(), other.double(), given.x_next.double())
+    return given._replace(other=None, log_prob=log_prob.to(dtype))
+
+
+class Called(NamedTuple):
+    out: Any
+    grad: Tensor
+
+
+def on(device: torch.device, numbers: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in numbers.items()}
+
+
+def arguments(case: Case, given: Given, setting: Setting = Setting()) -> dict[str, Any]:
+    """All but model_pred."""
+    found: dict[str, Any] = {
+        case.other: given.other, "x": given.x, "x_next": given.x_next,
+        "transition": given.transition, **case.numbers, **case.options,
+    }  # fmt: skip
+    if given.log_prob is not None:
+        found[case.other.replace("pred", "log_prob")] = given.log_prob
+    if given.anchor is not None:
+        found["ref_pred"] = given.anchor
+    if given.mask is not None:
+        found["mask"] = given.mask
+    if isinstance(setting.weight, Tensor) or setting.weight != 1.0:
+        found["pair_weight" if case.pairs else "sample_weight"] = setting.weight
+    if setting.reduction != "mean":
+        found["reduction"] = setting.reduction
+    if setting.dro_temperature != 1.0:
+        found["dro_temperature"] = setting.dro_temperature
+    return on(given.x_next.device, found)
+
+
+def call(
+    case: Case, given: Given, impl: str, setting: Setting = Setting(), **more: Any
+) -> Called:
+    pred = given.pred.detach().requires_grad_()
+    out = getattr(fastpref, case.function)(
+        pred, **{**arguments(case, given, setting), **more}, impl=impl
+    )
+    (grad,) = torch.autograd.grad(out.loss.sum(), pred, materialize_grads=True)
+    return Called(out, grad)
+
+
+def formula(
+    case: Case, given: Given, setting: Setting = Setting()
+) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+    """As `oracles.truths` evaluates it. Nudged are each row's log-ratio, by the size of what it is
+    summed from, and x_next; and the KL."""
+    rows, groups = len(given.x_next), case.groups
+
+    def whole(t: Tensor) -> Tensor:
+        t = t.double().cpu().flatten(1)
+        return t if len(t) == rows else torch.cat([t, t])
+
+    def number(n: Any) -> Tensor:
+        n = torch.as_tensor(n).double().cpu()
+        return (n.expand(rows) if n.dim() == 0 else n if len(n) == rows else n.repeat(2))[:, None]
+
+    x, x_next = whole(given.x), whole(given.x_next)
+    a, b, std, dt, weight = (number(n) for n in given.transition[:5])
+    w = (weight * b**2)[:, 0]
+    mask = None
+    if given.mask is not None:
+        mask = given.mask.double().cpu().expand(-1, *given.x_next.shape[1:])
+        mask = whole(mask)
+    latents = x_next.abs() + (a * x).abs()
+    other = None if given.other is None else whole(given.other)
+    anchor = None if given.anchor is None else whole(given.anchor)
+    numbers = on(CPU, case.numbers)
+    numbers = {k: v.double() if isinstance(v, Tensor) else v for k, v in numbers.items()}
+
+    def step_of(nudges: Tensor) -> oracles.Step:
+        moved = x_next + nudges[rows : 2 * rows, None] * latents
+        return oracles.Step(x, moved, a, b, std, dt, not given.transition.normalized, mask)
+
+    def halves(step: oracles.Step) -> tuple[oracles.Step, oracles.Step]:
+        fields = [f.chunk(2) if isinstance(f, Tensor) else (f, f) for f in step]
+        return oracles.Step(*(f[0] for f in fields)), oracles.Step(*(f[1] for f in fields))
+
+    def sizes(p: Tensor) -> Tensor:
+        """Of the terms of a log-ratio."""
+        off, inside = (x_next - a * x) / b - p, 2 * latents / b.abs()
+        if other is None:
+            each = w * oracles.mean(off**2 + off.abs() * inside, mask)
+            return each + std.log().abs()[:, 0] + 1 + given.log_prob.double().cpu().abs()
+        d = (p - other).abs()
+        each = d * (2 * off.abs() + d + inside)
+        return oracles.mean(w[:, None] * each + (b * d / std) ** 2, mask)
+
+    def evaluate(pred: Tensor, nudges: Tensor) -> dict[str, Tensor]:
+        p, step = whole(pred), step_of(nudges)
+        if other is None:
+            log_prob = given.log_prob.double().cpu()
+        else:
+            log_prob = oracles.log_prob(step, other)
+        log_prob = log_prob - nudges[:rows] * sizes(p.detach())
+        if case.pairs:
+            found = case.loss(halves(step), p.chunk(2), log_prob.chunk(2), **numbers)
+        else:
+            found = case.loss(step, p, other, log_prob, anchor, **numbers)
+        losses, kl = found.losses, found.kl
+        if kl is not None:
+            losses = losses + nudges[-1] * numbers["kl_weight"] * kl
+            kl = kl * (1 + nudges[-1])
+        of_group = torch.as_tensor(setting.weight).double().cpu()
+        assert len(losses) == groups
+        losses = torch.where(of_group == 0, 0.0, of_group * losses)
+        loss = reduced(losses, setting.reduction, setting.dro_temperature)
+        rest = {**found._asdict(), "kl": kl}
+        del rest["losses"]
+        return {"loss": loss, **{k: v for k, v in rest.items() if v is not None}}
+
+    return evaluate
+
+
+def truth(case: Case, given: Given, setting: Setting = Setting()) -> dict[str, Truth]:
+    return oracles.truths(
+        formula(case, given, setting), given.pred, 2 * len(given.x_next) + case.anchored
+    )
+
+
+def check(case: Case, given: Given, setting: Setting = Setting()) -> dict[str, Called]:
+    """Eager PyTorch and the kernels against the oracle; what each of them found."""
+    wanted = truth(case, given, setting)
+    found = {impl: call(case, given, impl, setting) for impl in ("torch", "triton")}
+    for name, exact in wanted.items():
+        plain, fused = (
+            each.grad if name == "grad" else getattr(each.out, name) for each in found.values()
+        )
+        assert plain.dtype == (given.pred.dtype if name == "grad" else FP32)
+        assert plain.shape == fused.shape == exact.value.reshape(plain.shape).shape
+        exact = Truth(*(each.reshape(plain.shape) for each in exact))
+        assert_three_way(name, fused, plain, exact)
+    for each in found.values():
+        assert isinstance(each.out, fastpref.StepOutput)
+        assert {k for k, v in each.out._asdict().items() if v is not None} | {"grad"} == {*wanted}
+    return found
+
+
+# Every loss against its formula -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "drift"),
+    [(name, 0.01) for name in CASES]
+    + [(name, 1e-4) for name in ONE_EACH]
+    + [(name, 1.5) for name in ("dance", "guard_wide", "dppo", "d3po", "lpo", "tailor", "sdpo")],
+)
+def test_every_loss_is_its_formula(name: str, drift: float, device: torch.device) -> None:
+    """For a policy that is hardly off the other, and for one that is far from it."""
+    found = check(CASES[name], draw(CASES[name], device, drift=drift))
+    if (name, drift) in (("dance", 0.01), ("dppo", 1.5), ("d3po", 1.5), ("sdpo_near", 0.01)):
+        assert 0 < found["torch"].out.clipped.mean() < 1  # both arms were there
+
+
+@pytest.mark.parametrize("name", ["published", "guard", "spo", "sdpo"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samplers(sampler: str, name: str, device: torch.device) -> None:
+    check(CASES[name], draw(CASES[name], device, sampler=sampler))
+
+
+DTYPES = [
+    (BF16, BF16, BF16), (FP16, FP16, FP16), (FP32, BF16, FP32), (BF16, FP32, FP16),
+    (FP16, FP16, BF16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["published", "guard_kl", "pso", "sdpo_near"])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t)[6:] for t in d))
+def test_dtypes(name: str, dtypes: Any, device: torch.device) -> None:
+    check(CASES[name], draw(CASES[name], device, dtypes=dtypes))
+
+
+@pytest.mark.parametrize("name", ["dppo_kl", "spo"])
+@pytest.mark.parametrize("sample", [(1,), (3,), (1025,), (2, 3, 4, 5), (1, 1, 1, 1)], ids=str)
+def test_shapes(name: str, sample: tuple[int, ...], device: torch.device) -> None:
+    """One element, more than a block of the kernels, and video."""
+    check(CASES[name], draw(CASES[name], device, sample=sample))
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [("guard_kl", "all"), ("published", "all")]
+    + [(name, numbers) for name in ("pso", "sdpo_near") for numbers in ("pair", "all")],
+)
+def test_transitions_of_all_of_pairs_and_of_each(
+    name: str, numbers: str, device: torch.device
+) -> None:
+    check(CASES[name], draw(CASES[name], device, numbers=numbers))
+
+
+@pytest.mark.parametrize("name", ["pso", "sdpo_near"])
+@pytest.mark.parametrize("shared", ["p", "r", "x", "pr", "rx"])
+def test_what_pairs_share(name: str, shared: str, device: torch.device) -> None:
+    check(CASES[name]._replace(shared=False), draw(CASES[name], device, shared=shared))
+
+
+@pytest.mark.parametrize("name", OF_LOG)
+@pytest.mark.parametrize("sampler", ["flow_sde", "cps"])
+def test_stored_log_probabilities(name: str, sampler: str, device: torch.device) -> None:
+    """With the normaliser, and without."""
+    check(CASES[name], stored(draw(CASES[name], device, sampler=sampler)))
+
+
+@each_impl
+@pytest.mark.parametrize("name", OF_LOG)
+def test_stored_log_probabilities_say_what_predictions_do(
+    name: str, impl: str, device: torch.device
+) -> None:
+    """As precisely as fp32 holds a log-probability."""
+    case = CASES[name]
+    for sampler in ("ddim", "cps"):
+        given = draw(case, device, drift=0.3, sampler=sampler)
+        plain, other = (call(case, each, impl).out for each in (given, stored(given)))
+        torch.testing.assert_close(other.log_ratio, plain.log_ratio, rtol=1e-5, atol=1e-6)
+
+
+def weights(case: Case) -> Tensor:
+    found = torch.linspace(0.5, 2.0, case.groups)
+    found[1] = 0.0
+    return found
+
+
+def hiding(rows: int, device: torch.device, channels: int = 1) -> Tensor:
+    mask = torch.rand(rows, channels, *SAMPLE[1:], generator=torch.Generator().manual_seed(0))
+    mask[1] = 0.0
+    return mask.to(device)
+
+
+SETTINGS = {
+    "none": Setting(reduction="none"),
+    "sum": Setting(reduction="sum"),
+    "dro": Setting(reduction="dro", dro_temperature=0.3),
+    "weight of all": Setting(weight=0.3),
+    "weights": Setting(weight=weights, reduction="none"),
+    "weights, dro": Setting(weight=weights, reduction="dro"),
+}
+
+
+@pytest.mark.parametrize("name", ["published", "guard_kl", "spo"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_reductions_and_weights(name: str, setting: str, device: torch.device) -> None:
+    case, how = CASES[name], SETTINGS[setting]
+    if callable(how.weight):
+        how = how._replace(weight=weights(case).to(device))
+    check(case, draw(case, device), how)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float", "of elements"])
+@pytest.mark.parametrize("name", ["published", "guard_kl", "pso", "spo"])
+def test_masks(name: str, kind: str, device: torch.device) -> None:
+    """Whose numbers weigh elements; samples that are hidden whole are 0."""
+    case = CASES[name]
+    given = draw(case, device)
+    shared = case.shared or (case.pairs and kind == "float")
+    mask = hiding(case.groups if shared else case.rows, device, 4 if kind == "of elements" else 1)
+    check(case, given._replace(mask=mask > 0.4 if kind == "bool" else mask))
+
+
+@pytest.mark.parametrize(
+    ("how", "impl"), [(how, i) for how in ("weight", "mask") for i in ("torch", "triton")]
+    + [(f"{how} with {by}", "torch") for how in ("weight", "mask") for by in ("a graph", "func")],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, math.nan) for name in ("published", "guard_kl", "dppo", "sdpo")]
+    + [("dppo_kl", math.inf), ("spo", math.inf)],
+)  # fmt: skip
+def test_what_counts_not_may_be_anything(
+    name: str, how: str, value: float, impl: str, device: torch.device
+) -> None:
+    """A sample or a pair of weight 0, and what a mask hides; where autograd has the graph, too."""
+    case = CASES[name]._replace(shared=False)
+    mask = hiding(case.rows, device, SAMPLE[0]) > 0.4
+    setting, given = Setting(), draw(case, device)
+    if how.startswith("weight"):
+        mask = torch.arange(case.rows, device=device) % case.groups != 1
+        setting = Setting(weight=weights(case))
+        mask = mask.view(-1, 1, 1, 1).expand_as(given.pred)
+    else:
+        given = given._replace(mask=mask)
+    fields = ("pred", "other", "x", "x_next", *(["anchor"] if case.anchored else []))
+    spoiled = given._replace(
+        **{name: torch.where(mask, getattr(given, name), value) for name in fields}
+    )
+
+    def found(given: Given) -> tuple[Tensor, Tensor]:
+        pred = given.pred.detach().requires_grad_()
+        options = arguments(case, given, setting)
+
+        def loss_of(pred: Tensor) -> Tensor:
+            return getattr(fastpref, case.function)(pred, **options, impl=impl).loss
+
+        if "func" in how:
+            grad, value = torch.func.grad_and_value(loss_of)(pred.detach())
+            return value, grad
+        loss = loss_of(pred)
+        (grad,) = torch.autograd.grad(loss, pred, create_graph="graph" in how)
+        return loss.detach(), grad.detach()
+
+    clean, got = found(given), found(spoiled)
+    assert torch.equal(got[0], clean[0])
+    assert torch.equal(got[1], clean[1])
+    assert (got[1][~mask] == 0).all()
+    assert got[1].any()
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels_last": lambda t: t.to(memory_format=torch.channels_last),
+    "sliced": lambda t: torch.cat([t, t], dim=-1)[..., : t.shape[-1]],
+    "transposed": lambda t: t.transpose(1, 3).contiguous().transpose(1, 3),
+    "every other row": lambda t: t.repeat_interleave(2, 0)[::2],
+}
+
+
+@each_impl
+@pytest.mark.parametrize("name", ["guard_kl", "spo"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(name: str, layout: str, impl: str, device: torch.device) -> None:
+    """Of some operands, and of all."""
+    case, move = CASES[name], LAYOUTS[layout]
+    given = draw(case, device)
+    dense = call(case, given, impl)
+    for fields in (("pred", "x"), ("pred", "other", "x", "x_next", "anchor")):
+        moved = {f: move(t) for f in fields if (t := getattr(given, f)) is not None}
+        got = call(case, given._replace(**moved), impl)
+        torch.testing.assert_close(got.out.loss, dense.out.loss, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(got.out.log_ratio, dense.out.log_ratio, rtol=1e-4, atol=1e-8)
+        scale = dense.grad.abs().max().item()
+        torch.testing.assert_close(got.grad, dense.grad, rtol=1e-4, atol=1e-6 * scale)
+
+
+@each_impl
+def test_one_latent_for_all(impl: str, device: torch.device) -> None:
+    """Expanded, as a group's first latent is."""
+    for name in ("guard_kl", "pso"):
+        case = CASES[name]
+        given = draw(case, device)
+        one = given._replace(x=given.x[:1].expand_as(given.x))
+        got, wanted = (call(case, each, impl) for each in (one, one._replace(x=one.x.clone())))
+        torch.testing.assert_close(got.out.loss, wanted.out.loss, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_sample_by_sample_where_tensors_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastpref import reference
+
+    for name in ("guard_kl", "pso", "spo"):
+        given = draw(CASES[name], CPU)
+        wanted = call(CASES[name], given, "torch")
+        with monkeypatch.context() as patch:
+            patch.setattr(reference, "LARGE", 8)
+            got = call(CASES[name], given, "torch")
+        torch.testing.assert_close(got.out, wanted.out, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-5, atol=1e-8)
+
+
+HALVES = [{"x_next"}, {"model_pred", "x"}, {"other"}, {"model_pred", "x", "x_next", "other", "mask"}]
+
+
+@each_impl
+@pytest.mark.parametrize("name", ["pso", "sdpo", "spo"])
+def test_tuples_are_as_good_as_stacks(name: str, impl: str, device: torch.device) -> None:
+    """In all mixes, with all numbers of transitions, and stored log-probabilities."""
+    case = CASES[name]
+    masked = draw(case, device, drift=1.0)._replace(mask=hiding(case.rows, device))
+    for given in (masked, stored(draw(case, device, drift=1.0, numbers="pair"))):
+        stacked = call(case, given, impl)
+        for split in HALVES:
+            options = arguments(case, given)
+            pred = given.pred.detach()
+            leaves = [pred.requires_grad_()]
+            if "model_pred" in split and len(pred) == case.rows:
+                leaves = [half.detach().requires_grad_() for half in pred.chunk(2)]
+            others = {case.other, case.other.replace("pred", "log_prob")} if "other" in split else {}
+            for key in {*split, *others} & options.keys():
+                if len(options[key] if options[key] is not None else ()) == case.rows:
+                    options[key] = options[key].chunk(2)
+            out = getattr(fastpref, case.function)(
+                tuple(leaves) if len(leaves) == 2 else leaves[0], **options, impl=impl
+            )
+            grad = torch.cat(torch.autograd.grad(out.loss, leaves))
+            torch.testing.assert_close(out.loss, stacked.out.loss, rtol=1e-5, atol=1e-8)
+            torch.testing.assert_close(out[1:3], stacked.out[1:3], rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(out.margin, stacked.out.margin, rtol=1e-4, atol=1e-5)
+            scale = stacked.grad.abs().max().item()
+            torch.testing.assert_close(grad, stacked.grad, rtol=1e-4, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("name", [*CASES, "stored"])
+def test_formulas_in_fp64(name: str) -> None:
+    """With a transition in fp64, as in a gradient check."""
+    case = CASES["v" if name == "stored" else name]
+    given = draw(case, CPU, dtypes=(FP64, FP64, FP64), drift=0.3)
+    a, b, std, dt, _ = (n.double() for n in given.transition[:5])
+    given = given._replace(transition=Transition(a, b, std, dt, 0.5 / std**2))
+    given = stored(given, FP64) if name == "stored" else given
+    got = call(case, given, "torch")
+    for key, exact in truth(case, given).items():
+        value = got.grad if key == "grad" else getattr(got.out, key)
+        wanted = torch.as_tensor(exact.value).view(value.shape)
+        torch.testing.assert_close(value.detach(), wanted, rtol=1e-9, atol=1e-12)
+
+
+# The first update after a rollout -----------------------------------------------------------------
+
+
+@each_impl
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_first_update_has_a_ratio_of_exactly_1(
+    sampler: str, dtype: torch.dtype, impl: str, device: torch.device
+) -> None:
+    """And the gradient that is known: the noise that was drawn, times a constant."""
+    for name in ("flow_grpo", "guard", "dppo", "pso", "sdpo"):
+        if impl == "triton" and (dtype, name) not in {
+            (FP32, "flow_grpo"), (BF16, "guard"), (BF16, "pso"), (FP16, "dppo"), (FP16, "sdpo")
+        }:  # fmt: skip
+            continue
+        case = CASES[name]
+        given = draw(case, device, drift=0.0, dtypes=(dtype,) * 3, sampler=sampler)
+        got = call(case, given, impl)
+        metrics = got.out.metrics()
+        assert (metrics["ratio"], metrics["ratio_off"], metrics["approx_kl"]) == (1, 0, 0)
+        assert not got.out.log_ratio.signbit().any()  # no -0 that somebody prints
+        assert not got.out.clipped.any()
+        assert got.out.margin is None or not got.out.margin.any()
+        a, b, std, dt, weight = (n.double().cpu().view(-1, 1, 1, 1) for n in given.transition[:5])
+        pred, x, x_next = (t.double().cpu() for t in (given.pred, given.x, given.x_next))
+        by_log = 2 * weight * b * (x_next - a * x - b * pred) / pred[0].numel()  # of one row
+        slope = -ADVANTAGE.double() if name == "dppo" else -ADVANTAGE.double().clamp(-5, 5)
+        if name == "guard":
+            slope = slope * (std / dt).flatten()
+        if name == "pso":
+            slope = torch.tensor([-25.0, 25.0], dtype=FP64).repeat_interleave(3)
+        if name == "sdpo":
+            first, second = TWO.double().clamp(-5, 5).chunk(2)
+            slope = -2 * 0.97 * torch.cat([first - second, second - first])
+        wanted = slope.view(-1, 1, 1, 1) * by_log / case.groups
+        scale = wanted.abs().max().item()
+        rounding = max(torch.finfo(dtype).eps, 1e-6) * scale + torch.finfo(dtype).tiny
+        close = {"rtol": 1e-5, "atol": rounding}
+        torch.testing.assert_close(got.grad.double().cpu(), wanted, **close)
+
+
+@each_impl
+@pytest.mark.parametrize("drift", [1e-2, 1e-4, 1e-6])
+def test_log_ratios_far_below_any_clip_are_right(
+    drift: float, impl: str, device: torch.device
+) -> None:
+    """Where the difference of two log-probabilities in fp32 is rounding."""
+    for name in ("flow_grpo", "guard", "spo"):
+        case = CASES[name]
+        given = draw(case, device, drift=drift)
+        wanted = torch.as_tensor(truth(case, given)["log_ratio"].value)
+        got = call(case, given, impl).out.log_ratio.double().cpu()
+        assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+# Bounds and extremes ------------------------------------------------------------------------------
+
+
+class At(NamedTuple):
+    transition: Transition
+    pred: Tensor
+    old: Tensor
+    x: Tensor
+    x_next: Tensor
+
+
+def at(log_ratios: list[float], device: torch.device = CPU, **of_step: Any) -> At:
+    """Samples of one element, whose log-ratios these are to the last bit in fp32, by the weight:
+    errors of 1 and 9, or of 9 and 1, or where it is 0 of 1 and 1."""
+    lr = torch.tensor(log_ratios, device=device)
+    one = torch.ones_like(lr)
+    weight = torch.where(lr == 0, 1.0, lr.abs() / 8)
+    fields = {"a": 0 * one, "b": one, "std": one, "dt": one, "weight": weight} | of_step
+    pred, old = torch.where(lr < 0, 3.0, one), torch.where(lr > 0, 3.0, one)
+    return At(Transition(**fields), pred[:, None], old[:, None], 0 * one[:, None], 0 * one[:, None])
+
+
+def of_grpo(given: At, impl: str, **options: Any) -> Called:
+    pred = given.pred.detach().requires_grad_()
+    out = fastpref.grpo_loss(
+        pred, given.old, given.x, given.x_next, given.transition, reduction="none", impl=impl,
+        **options,
+    )  # fmt: skip
+    return Called(out, torch.autograd.grad(out.loss.sum(), pred)[0])
+
+
+CLIPS = (1e-3, 1e-4, 1e-5, 2e-6)
+
+
+@each_impl
+@pytest.mark.parametrize("clip", CLIPS)
+def test_ratios_at_their_bounds(clip: float, impl: str, device: torch.device) -> None:
+    """To the sixth digit of the clip. Within, the gradient is A r, without more."""
+    low, high = math.log1p(-clip), math.log1p(clip)
+    near, far = 1 - 1e-6, 1 + 1e-6
+    rows = [  # log-ratio, advantage, whether it is clipped
+        (high * near, 1.0, 0), (high * far, 1.0, 1), (high * far, -1.0, 0), (low * far, 1.0, 0),
+        (low * near, -2.0, 0), (low * far, -2.0, 1), (low * far, 2.0, 0), (high * 9, -1.0, 0),
+        (high * 9, 3.0, 1), (0.0, 1.0, 0), (0.0, -1.0, 0),
+    ]  # fmt: skip
+    lr, advantage, clipped = (torch.tensor(each, device=device) for each in zip(*rows, strict=True))
+    given = at(lr.tolist(), device)
+    for as_tensor in (False, True):
+        c: Any = torch.full_like(lr, clip) if as_tensor else clip
+        out, grad = of_grpo(given, impl, advantage=advantage, clip_range=c)
+        torch.testing.assert_close(out.log_ratio, lr, rtol=1e-7, atol=0)
+        assert torch.equal(out.clipped, clipped.to(lr))
+        bound = torch.where(advantage > 0, 1 + clip, 1 - clip)
+        wanted = -advantage * torch.where(clipped == 1, bound, torch.exp(lr))
+        torch.testing.assert_close(out.loss, wanted, rtol=3e-7, atol=0)
+        by_pred = -2 * given.transition.weight * given.pred[:, 0]
+        slope = torch.where(clipped == 1, 0.0, -advantage * torch.exp(lr) * by_pred)
+        torch.testing.assert_close(grad[:, 0], slope, rtol=1e-5, atol=0)
+
+
+@each_impl
+def test_a_clip_above_may_be_wider(impl: str, device: torch.device) -> None:
+    lr = [0.15, 0.25, -0.15, -0.25]
+    advantage = torch.tensor([1.0, 1.0, -1.0, -1.0], device=device)
+    given = at(lr, device)
+    out = of_grpo(given, impl, advantage=advantage, clip_range=0.1, clip_range_high=0.2).out
+    assert out.clipped.tolist() == [0, 1, 1, 1]  # log(1.2) is 0.18
+    out = of_grpo(given, impl, advantage=advantage, clip_range=1.0, clip_range_high=3.0).out
+    assert out.clipped.tolist() == [0, 0, 0, 0]
+
+
+@each_impl
+def test_advantages_are_clipped_only_where_they_are_to_be(
+    impl: str, device: torch.device
+) -> None:
+    advantage = torch.tensor([7.0, -7.0, 3.0], device=device)
+    given = at([0.0, 0.0, 0.0], device)
+    for limit, wanted in ((5.0, [-5, 5, -3]), (None, [-7, 7, -3]), (2.0, [-2, 2, -2])):
+        for variant in ("clip", "guard"):
+            out = of_grpo(given, impl, advantage=advantage, advantage_clip=limit, variant=variant)
+            assert out.out.loss.tolist() == wanted
+    out = of_grpo(given, impl, advantage=advantage, variant="dppo").out
+    assert out.loss.tolist() == [-7, 7, -3]
+
+
+@each_impl
+def test_divergences_at_the_limit(impl: str, device: torch.device) -> None:
+    """D is 2 here. What lies at the limit is dropped if it would go farther; not at a ratio of 1,
+    which there is far away, too."""
+    given = at([0.1, 0.1, -0.1, -0.1, 0.0], device)
+    given.old[4] = -1.0
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0], device=device)
+    for limit, dropped in ((2.0, [1, 0, 0, 1, 0]), (2.000001, [0] * 5), (1e-30, [1, 0, 0, 1, 0])):
+        out, grad = of_grpo(
+            given, impl, advantage=advantage, variant="dppo", divergence_limit=limit
+        )
+        assert out.clipped.tolist() == dropped
+        assert (out.loss == 0).tolist() == [bool(d) for d in dropped]
+        assert (grad[:, 0] == 0).tolist() == [bool(d) for d in dropped]
+
+
+WAYS = ["triton", "torch", "graph", "func"]
+
+
+def by_way(way: str, loss: Callable[..., Any], pred: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of loss(pred, impl), summed."""
+    if way == "func":
+        grad, value = torch.func.grad_and_value(lambda p: loss(p, "torch").sum())(pred)
+        return value, grad
+    leaf = pred.detach().requires_grad_()
+    value = loss(leaf, "torch" if way == "graph" else way).sum()
+    (grad,) = torch.autograd.grad(value, leaf, create_graph=way == "graph")
+    return value.detach(), grad.detach()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("variant", ["clip", "guard", "dppo"])
+def test_an_advantage_of_0_is_exactly_0(variant: str, way: str, device: torch.device) -> None:
+    """Also where the ratio overflows, or the prediction is infinite; what else there is counts."""
+    given = at([200.0, -200.0, 0.5, 0.2], device)
+    advantage = torch.tensor([0.0, 0.0, 0.0, 1.0], device=device)
+    for value in (1.0, math.inf, math.nan, 1e30):
+        pred = given.pred.clone()
+        pred[2] = value
+
+        def loss(pred: Tensor, impl: str) -> Tensor:
+            return fastpref.grpo_loss(
+                pred, *given[2:], given.transition, advantage, variant=variant, impl=impl
+            ).loss
+
+        total, grad = by_way(way, loss, pred)
+        alone, by_alone = by_way(
+            way,
+            lambda p, impl: fastpref.grpo_loss(
+                p, *(t[3:] for t in given[2:]), given.transition.select([3]), advantage[3:],
+                variant=variant, impl=impl,
+            ).loss,
+            pred[3:],
+        )  # fmt: skip
+        torch.testing.assert_close(4 * total, alone)
+        assert not grad[:3].any()
+        torch.testing.assert_close(4 * grad[3:], by_alone)
+
+
+@each_impl
+def test_sdpo_at_its_bounds(impl: str, device: torch.device) -> None:
+    """A log-ratio at the bound is not clipped, and a gradient goes by the greater square."""
+    clip = float(torch.tensor(1e-4))
+    given = at([clip, 2 * clip, 2 * clip, -clip, 0.0, 0.0], device)
+    advantage = torch.tensor([1.0, 1.0, -1.0, 0.0, 0.0, 0.0], device=device)
+    pred = given.pred.detach().requires_grad_()
+    out = fastpref.sdpo_loss(
+        pred, *given[2:], given.transition, advantage, clip_range=clip, reduction="none", impl=impl
+    )
+    (grad,) = torch.autograd.grad(out.loss.sum(), pred)
+    assert out.clipped.tolist() == [0, 1, 1, 0, 0, 0]
+    # d - A: 2e-4 - 1; 2e-4 - 1, whose square is less than that of 1e-4 - 1; 2e-4 + 1
+    assert (grad[:, 0] != 0).tolist() == [True, False, True, True, True, True]
+    wanted = [(2 * clip - 1) ** 2, (clip - 1) ** 2, (2 * clip + 1) ** 2]
+    torch.testing.assert_close(out.loss, torch.tensor(wanted, device=device))
+    assert out.margin.tolist() == pytest.approx([2 * clip, 2 * clip, -2 * clip])
+
+
+@each_impl
+def test_step_dpo_at_its_bounds(impl: str, device: torch.device) -> None:
+    low, high = math.log(0.9), math.log(1.1)
+    near, far = 1 - 1e-6, 1 + 1e-6
+    rows = [high * near, high * far, low * near, low * far, 0.0]
+    given = at(rows + [0.0] * 5, device)
+
+    def found(clip: Any) -> Called:
+        pred = given.pred.detach().requires_grad_()
+        out = fastpref.step_dpo_loss(
+            pred, *given[2:], given.transition, beta=2.0, clip=clip, reduction="none", impl=impl
+        )
+        return Called(out, torch.autograd.grad(out.loss.sum(), pred)[0])
+
+    out, grad = found(0.1)
+    assert out.clipped.tolist() == [0, 1, 0, 1] + [0] * 6
+    assert (grad[:4, 0] == 0).tolist() == [False, True, False, True]
+    assert out.loss[4].item() == pytest.approx(math.log(2), rel=1e-6)
+    assert out.margin[4] == 0
+    torch.testing.assert_close(out.margin[:2], torch.full((2,), 2 * high, device=device))
+    out, grad = found(None)
+    assert not out.clipped.any()
+    assert grad[:4].all()
+
+
+@each_impl
+def test_margins_that_overflow_a_sigmoid(impl: str, device: torch.device) -> None:
+    """-log(sigmoid(-105)) is infinite in fp32; LPO's beta is 500."""
+    given = at([-0.105, 0.095], device)
+    out = fastpref.step_dpo_loss(
+        given.pred, *given[2:], given.transition, beta=1000.0, impl=impl
+    )
+    assert out.loss.item() == pytest.approx(200.0, rel=1e-4)
+
+
+# What stays where it is ---------------------------------------------------------------------------
+
+
+@each_impl
+@pytest.mark.parametrize("what", ["pred", "other", "x", "x_next"])
+@pytest.mark.parametrize("name", ["flow_grpo", "guard", "dppo", "pso", "sdpo"])
+def test_nan_stays_in_its_sample(name: str, what: str, impl: str, device: torch.device) -> None:
+    if impl == "triton" and name in ("guard", "pso"):
+        pytest.skip("as the others")
+    case, setting = CASES[name], Setting(reduction="none")
+    given = draw(case, device)
+    spoiled = getattr(given, what).clone()
+    spoiled[1, 0, 0, 0] = math.nan
+    out = call(case, given._replace(**{what: spoiled}), impl, setting)
+    clean = call(case, given, impl, setting)
+    assert out.out.loss[1].isnan()
+    assert out.out.log_ratio[1].isnan()
+    assert out.grad[1].isnan().any()
+    others = [i for i in range(case.rows) if i % case.groups != 1]
+    groups = others[: case.groups - 1]
+    assert torch.equal(out.out.loss[groups], clean.out.loss[groups])
+    assert torch.equal(out.out.log_ratio[others], clean.out.log_ratio[others])
+    assert torch.equal(out.grad[others], clean.grad[others])
+    assert out.out.metrics()["loss"].isnan()
+
+
+def still(given: Given, rows: list[int], weight: float, b: float | None) -> Given:
+    """Steps without noise among the others, as they come about by hand."""
+    fields = [field.clone() for field in given.transition[:5]]
+    for field, value in zip(fields[1:], (b, 0.0, 0.0, weight), strict=True):
+        if value is not None:
+            field[rows] = value
+    return given._replace(transition=Transition(*fields))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("weight", "b"), [(math.inf, 0.0), (0.0, 0.0), (math.inf, None)])
+@pytest.mark.parametrize("name", [*ONE_EACH, "gaussian", "x", "sdpo", "stored", "stored sdpo"])
+def test_steps_without_noise_add_exactly_0(
+    name: str, weight: float, b: float | None, way: str, device: torch.device
+) -> None:
+    """To loss and gradient, but they count in the mean; a pair does where one of its steps is."""
+    if way == "triton" and (weight, b) == (0.0, 0.0):
+        pytest.skip("as the others")
+    case = CASES[name.replace("stored", "").strip() or "published"]._replace(shared=False)
+    given = draw(case, device)
+    if "stored" in name:
+        given = stored(given)
+        given.log_prob[1] = math.inf
+    made = still(given, [1], weight, b)
+    given.pred[1], made.pred[1] = 0.0, math.nan if b is None else math.inf
+    others = [i for i in range(case.rows) if i % case.groups != 1]
+
+    def of(given: Given) -> tuple[Tensor, Tensor]:
+        options = arguments(case, given)
+
+        def loss(pred: Tensor, impl: str) -> Tensor:
+            return getattr(fastpref, case.function)(pred, **options, impl=impl).loss
+
+        return by_way(way, loss, given.pred)
+
+    weighed = weights(case).to(device) * 0 + 1
+    weighed[1] = 0.0
+    loss, grad = of(made)
+    if way in ("triton", "torch"):
+        wanted = call(case, given, way, Setting(weight=weighed))
+        torch.testing.assert_close(loss, wanted.out.loss.detach(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(grad[others], wanted.grad[others], rtol=1e-6, atol=0)
+        out = call(case, made._replace(pred=given.pred), way, Setting(reduction="none")).out
+        assert out.loss[1] == 0
+        assert out.log_ratio[1] == 0
+        assert out.kl is None or out.kl[1] == 0
+        assert all(value.isfinite() for value in out.metrics().values())
+    rest = [i for i in range(case.rows) if i not in others]
+    assert (grad[rest] == 0).all()
+    assert loss.isfinite()
+    assert grad.isfinite().all()
