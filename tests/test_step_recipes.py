@@ -331,6 +331,31 @@ def algos(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
+def test_verl_omni_with_cps() -> None:
+    """std_dev_t is the standard deviation there, and the log-probability has no denominator."""
+    step = Step(lambda x, mu: mu, 0.3, 0.3)
+    names = a_step(step)
+    body = VERL_OMNI[VERL_OMNI.index("def on_means") : VERL_OMNI.index("@algos")]
+    for old, new in ((".flatten() * sqrt_dt", ".flatten()"), ("0.5 / std**2", "one")):
+        assert old in body
+        body = body.replace(old, new)
+
+    def theirs(mu: Tensor) -> Tensor:
+        off, old_off = (mean((names["x_next"] - m) ** 2) for m in (mu, names["old_pred"]))
+        return ppo(old_off - off, names["advantage"], 1e-4).mean()
+
+    names["algos"] = SimpleNamespace(DiffusionLossResult=SimpleNamespace)
+    names["data"] = {
+        "advantages": names["advantage"], "next_latents": names["x_next"],
+        "old_prev_sample_mean": names["old_pred"],
+    }  # fmt: skip
+    names["output"] = {
+        "std_dev_t": torch.full((B, 1, 1, 1), 0.3), "sqrt_dt": torch.full((B,), 0.2)
+    }  # fmt: skip
+    body += "result = on_means({**output, 'prev_sample_mean': model_pred}, data, clip_range=1e-4)"
+    check(body, names, theirs, get="result.loss")
+
+
 @pytest.mark.parametrize("weights", [None, (1.0, 0.5, 0.0, 2.0)])
 @pytest.mark.parametrize("loss", ["flow_grpo", "grpo_guard", "flow_dppo"])
 def test_verl_omni(algos: Any, loss: str, weights: tuple[float, ...] | None) -> None:
@@ -538,10 +563,10 @@ def test_d3po() -> None:
     assert some(after["out"].clipped)
 
 
-@pytest.mark.parametrize("clip", ["0.1", "None"])
-def test_spo(clip: str) -> None:
-    """train_spo_sdxl.py, lines 669 to 671, and compare_funcs.py; without clamp, as TailorPO's is
-    believed to be."""
+@pytest.mark.parametrize(("beta", "clip"), [("10.0", "0.1"), ("500.0", "0.1"), ("10.0", "None")])
+def test_spo(beta: str, clip: str) -> None:
+    """train_spo_sdxl.py, lines 669 to 671, and compare_funcs.py; LPO's beta; and without clamp, as
+    TailorPO's is believed to be."""
     step = ddim()
     n = 2 * B
     x, ref_pred = randn(2, n, *SHAPE)
@@ -551,7 +576,7 @@ def test_spo(clip: str) -> None:
         "pred": ref_pred, "ref_pred": ref_pred, "model_pred": ref_pred + far * randn(n, *SHAPE),
         "step_reward": lambda candidates: 3 * candidates.flatten(2).mean(2),
     }  # fmt: skip
-    code = SPO.replace("beta=10.0", f"beta=10.0, clip={clip}")
+    code = SPO.replace("beta=10.0", f"beta={beta}, clip={clip}")
     _, _, after = run(code, names, "model_pred", "loss")
     w, l, scores = after["x_next_w"], after["x_next_l"], after["scores"]
     for i in range(n):
@@ -567,7 +592,7 @@ def test_spo(clip: str) -> None:
         up, down = (step.log_prob(x, pred, y) - step.log_prob(x, ref_pred, y) for y in (w, l))
         if clip == "None":
             return torch.nn.functional.softplus(-10 * (up - down))[keep].mean()
-        return step_dpo(up, down, 10.0)[keep].mean()
+        return step_dpo(up, down, float(beta))[keep].mean()
 
     update = code[code.index("# In the update") :]
     after = check(update, {**names, **{k: after[k] for k in ("x_next_w", "x_next_l", "keep")},
@@ -575,13 +600,21 @@ def test_spo(clip: str) -> None:
     assert some(after["out"].clipped) == (clip == "0.1")
 
 
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "lcm"])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_pso_online(mixed: bool) -> None:
-    """train_online_pso_sdxl_turbo.py, lines 844 to 850, and turbo_inference_with_logprob.py."""
-    sigmas = torch.tensor([14.6, 4.1, 1.6, 0.7, 0.0]).double()
+def test_pso_online(mixed: bool, sampler: str) -> None:
+    """train_online_pso_sdxl_turbo.py, lines 844 to 850, with the steps of
+    turbo_inference_with_logprob.py and distilled_inference_with_logprob.py."""
+    levels = torch.tensor([14.6, 4.1, 1.6, 0.7, 0.0]).double()
+    if sampler == "lcm":
+        levels = 1 / (1 + levels**2)
 
-    def euler(i: int) -> Step:
-        sigma, after = float(sigmas[i]), float(sigmas[i + 1])
+    def step(i: int) -> Step:
+        if sampler == "lcm":
+            at, ap = float(levels[i]), float(levels[i + 1])
+            scale = math.sqrt(ap / at)
+            return Step(lambda x, eps: scale * (x - math.sqrt(1 - at) * eps), math.sqrt(1 - ap))
+        sigma, after = float(levels[i]), float(levels[i + 1])
         std = math.sqrt(after**2 * (sigma**2 - after**2) / sigma**2)
         down = math.sqrt(after**2 - std**2)
         return Step(lambda x, eps: x + (down - sigma) * eps, std)
@@ -589,13 +622,13 @@ def test_pso_online(mixed: bool) -> None:
     at = [1, 1, 1, 1] if not mixed else [0, 2, 1, 2]
     names: Any = {}
     for i in (0, 1, 2):  # each pair's rows come from its own step
-        of_step = pairs(euler(i), sigmas, "12")
+        of_step = pairs(step(i), levels, "12")
         for name, value in of_step.items():
             if isinstance(value, Tensor) and value.dim() > 1:
                 rows = names.setdefault(name, value.clone())
                 mine = torch.tensor(at) == i
                 rows[mine] = value[mine]
-    names |= {"torch": torch, "fastpref": fastpref, "scheduler": sigmas}
+    names |= {"torch": torch, "fastpref": fastpref, "scheduler": levels}
     names["step"] = torch.tensor(at) if mixed else 1
     names["rewards_1"] = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 2.0], [3.0, 1.0]])
     names["rewards_2"] = torch.tensor([[0.0, 1.0], [0.5, 0.5], [1.0, 0.0], [2.0, 0.0]])
@@ -610,15 +643,16 @@ def test_pso_online(mixed: bool) -> None:
             row = {
                 k: v[i : i + 1] for k, v in names.items() if isinstance(v, Tensor) and v.dim() > 2
             }
-            one = log_ratio(euler(which), row, "1", pred_1[i : i + 1])
-            two = log_ratio(euler(which), row, "2", pred_2[i : i + 1])
+            one = log_ratio(step(which), row, "1", pred_1[i : i + 1])
+            two = log_ratio(step(which), row, "2", pred_2[i : i + 1])
             one, two = (r.exp().clamp(0.9, 1.1).log() for r in (one, two))
             inside = 50.0 * one * labels[i] - 50.0 * two * labels[i]
             losses.append(-torch.log(torch.sigmoid(inside)))
         return torch.cat(losses).mean()
 
+    code = PSO.replace("euler_ancestral", sampler)
     torch.manual_seed(0)
-    _, _, seen = run(PSO, names, "pred_1 pred_2")
+    _, _, seen = run(code, names, "pred_1 pred_2")
     torch.manual_seed(0)
-    check(PSO, names, theirs, "pred_1 pred_2")
+    check(code, names, theirs, "pred_1 pred_2")
     assert sorted(set(seen["first"].tolist())) == [False, True]
