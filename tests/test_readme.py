@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import importlib.util
 import inspect
 import math
 import re
@@ -122,6 +123,16 @@ def test_the_table_of_conventions_is_the_one_in_code() -> None:
     for name, (factor, sums, timesteps) in listed.items():
         row = next(line.split() for line in lines if line.split()[:1] == [name])
         assert (eval(row[1]), row[2] == "sum", row[3] == "yes") == (factor, sums, timesteps)
+
+
+def test_the_table_of_methods_names_what_exists() -> None:
+    table = README[README.index("| method | arXiv |") :].split("\n\n")[0]
+    assert len(table.splitlines()) == 2 + 18
+    for function in re.findall(r"`(\w+_loss)", table):
+        assert hasattr(fastpref, function), function
+    for module, name in re.findall(r"`(\w+)\.(\w+)", table):
+        if importlib.util.find_spec(f"fastpref.{module}"):  # guidance may not be there yet
+            assert hasattr(importlib.import_module(f"fastpref.{module}"), name), name
 
 
 @pytest.fixture(scope="module")
