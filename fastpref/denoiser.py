@@ -148,9 +148,9 @@ class _State(NamedTuple):
     scales: dict[str, float]
 
     def put_on(self, layer: Any) -> None:
-        if self.on:
+        if layer.active_adapters != self.names:
             layer.set_adapter(self.names)
-            layer.scaling.update(self.scales)
+        layer.scaling.update(self.scales)
         if layer.disable_adapters == self.on:
             layer.enable_adapters(self.on)
 
@@ -181,7 +181,7 @@ def _adapters(name: str, other: Other, model: nn.Module) -> list[tuple[Any, _Sta
         ours = _State(not layer.disable_adapters, [*layer.active_adapters], dict(layer.scaling))
         for key, weight in weights.items():
             layer.set_scale(key, weight)
-        theirs = _State(bool(weights), [*weights], dict(layer.scaling))
+        theirs = _State(bool(weights), [*weights] or ours.names, dict(layer.scaling))
         layer.scaling.update(ours.scales)
         found.append((layer, ours, theirs))
     if not weights and not any(ours.on and ours.names for _, ours, _ in found):
