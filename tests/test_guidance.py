@@ -33,6 +33,7 @@ from tiny_sdxl import tiny_sdxl
 SCALE = 4.0  # of classifier-free guidance
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 Noise = Callable[[Tensor, Tensor, bool], Tensor]  # of latents, timestep, and whether prompted
+Predict = Callable[[int, int, Tensor, Tensor], Tensor]  # of step, steps, latents, timestep
 
 
 def add_lora(model: Any, name: str, seed: int) -> None:
@@ -146,7 +147,7 @@ class World:
         return found
 
     @torch.no_grad()
-    def loop(self, predict: Callable[[int, int, Tensor, Tensor], Tensor], steps: int = 5):  # type: ignore[no-untyped-def]
+    def loop(self, predict: Predict, steps: int = 5) -> list[Tensor]:
         """The latents after every step of the published loop, with `predict(i, n, x, t)`."""
         scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
         scheduler.set_timesteps(steps)
@@ -211,7 +212,9 @@ def annealed(name: str, **settings: Any) -> AnnealedGuidance:
     return AnnealedGuidance(word, float(p) if p else None, **settings)
 
 
-def annealed_loop(world: World, tuned: Noise, base: Noise, w: Callable[[float], float]):  # type: ignore[no-untyped-def]
+def annealed_loop(
+    world: World, tuned: Noise, base: Noise, w: Callable[[float], float]
+) -> list[Tensor]:
     def predict(i: int, n: int, x: Tensor, t: Tensor) -> Tensor:
         a = w(i / n)
         return (1 - a) * guided(base, x, t) + a * guided(tuned, x, t)
@@ -315,7 +318,7 @@ def test_shortened_schedules_are_counted_whole(sdxl: World) -> None:
     assert seen_weights(sdxl, steps=10, image=image, strength=0.4) == [i / 4 for i in range(4)]
 
 
-def negative_loop(world: World, aligned: Noise, negative: Noise):  # type: ignore[no-untyped-def]
+def negative_loop(world: World, aligned: Noise, negative: Noise) -> list[Tensor]:
     def predict(i: int, n: int, x: Tensor, t: Tensor) -> Tensor:
         neg = negative(x, t, False)
         return neg + SCALE * (aligned(x, t, True) - neg)
@@ -567,20 +570,24 @@ def test_merged_weights_keep_dtype_and_integers() -> None:
         merged_negative(pos, origin, m="half")  # type: ignore[arg-type]
 
 
+Annealed: Any = AnnealedGuidance  # past the type checker
+Negative: Any = NegativePreferenceGuidance
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: AnnealedGuidance("cosine"), ValueError, "schedule is 'cosine'; need one of base,"),
-        (lambda: AnnealedGuidance("linear", 2), ValueError, "p is 2, but schedule is 'linear'"),
-        (lambda: AnnealedGuidance("power", 0), ValueError, "p is 0; need a number above 0"),
-        (lambda: AnnealedGuidance("step", "x"), TypeError, "p must be a float, got a str"),
-        (lambda: AnnealedGuidance(len, 2), ValueError, "p is 2, but schedule is a function"),
-        (lambda: AnnealedGuidance(3), ValueError, "schedule is 3; need one of"),
-        (lambda: AnnealedGuidance(base=3), TypeError, "base must be a model or adapters' names"),
-        (lambda: AnnealedGuidance(base=[]), TypeError, "base must be a model or adapters' names"),
-        (lambda: NegativePreferenceGuidance([3]), TypeError, r"negative is \[3\]; need adapters'"),
-        (lambda: NegativePreferenceGuidance(None), TypeError, "negative must be a model or"),
-        (lambda: NegativePreferenceGuidance({"a": "b"}), TypeError, r"negative\['a'\] must be a f"),
+        (lambda: Annealed("cosine"), ValueError, "schedule is 'cosine'; need one of base,"),
+        (lambda: Annealed("linear", 2), ValueError, "p is 2, but schedule is 'linear'"),
+        (lambda: Annealed("power", 0), ValueError, "p is 0; need a number above 0"),
+        (lambda: Annealed("step", "x"), TypeError, "p must be a float, got a str"),
+        (lambda: Annealed(len, 2), ValueError, "p is 2, but schedule is a function"),
+        (lambda: Annealed(3), ValueError, "schedule is 3; need one of"),
+        (lambda: Annealed(base=3), TypeError, "base must be a model or adapters' names"),
+        (lambda: Annealed(base=[]), TypeError, "base must be a model or adapters' names"),
+        (lambda: Negative([3]), TypeError, r"negative is \[3\]; need adapters'"),
+        (lambda: Negative(None), TypeError, "negative must be a model or"),
+        (lambda: Negative({"a": "b"}), TypeError, r"negative\['a'\] must be a f"),
     ],
 )
 def test_arguments_are_checked(make: Any, error: type[Exception], message: str) -> None:
