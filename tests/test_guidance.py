@@ -52,7 +52,7 @@ def spoilt(model: nn.Module, seed: int) -> Any:
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter += 0.3 * parameter.std() * torch.randn(parameter.shape)
+            parameter.add_(0.3 * parameter.std() * torch.randn(parameter.shape))
     return other
 
 
