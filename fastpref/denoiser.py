@@ -120,17 +120,18 @@ def _running(name: str, other: Other, model: nn.Module, own: Call) -> Iterator[C
         return
     if getattr(model, "is_cache_enabled", False):
         raise ValueError("pipe's denoiser caches, for one model; need disable_cache() before")
-    layers = _adapters(name, other, model)
+    wanted = _adapters(name, other, model)
     learning = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
     def switched(*args: Any, **kwargs: Any) -> Any:
-        for layer, _, theirs in layers:
-            theirs.put_on(layer)
+        before = [(layer, _State.of(layer)) for layer, _ in wanted]
         try:
+            for layer, state in wanted:
+                state.put_on(layer)
             return own(*args, **kwargs)
         finally:
-            for layer, ours, _ in layers:
-                ours.put_on(layer)
+            for layer, state in before:
+                state.put_on(layer)
 
     try:
         yield switched
@@ -141,22 +142,26 @@ def _running(name: str, other: Other, model: nn.Module, own: Call) -> Iterator[C
 
 
 class _State(NamedTuple):
-    """That of one of peft's layers: whether adapters are on, which, and their scales."""
+    """That of one of peft's layers: whether adapters are on, which (None: as it is), and scales."""
 
     on: bool
-    names: list[str]
+    names: list[str] | None
     scales: dict[str, float]
 
+    @classmethod
+    def of(cls, layer: Any) -> _State:
+        return cls(not layer.disable_adapters, [*layer.active_adapters], dict(layer.scaling))
+
     def put_on(self, layer: Any) -> None:
-        if layer.active_adapters != self.names:
+        if self.names is not None and layer.active_adapters != self.names:
             layer.set_adapter(self.names)
         layer.scaling.update(self.scales)
         if layer.disable_adapters == self.on:
             layer.enable_adapters(self.on)
 
 
-def _adapters(name: str, other: Other, model: nn.Module) -> list[tuple[Any, _State, _State]]:
-    """peft's layers in the model, each with the state it has and the one it needs for `other`."""
+def _adapters(name: str, other: Other, model: nn.Module) -> list[tuple[Any, _State]]:
+    """peft's layers in the model, each with the state that it needs for `other`."""
     weights: Mapping[str, float]
     if isinstance(other, Mapping):
         weights = other
@@ -176,17 +181,17 @@ def _adapters(name: str, other: Other, model: nn.Module) -> list[tuple[Any, _Sta
         raise ValueError(f"{name} {what}, but the adapters of pipe's model are: {has}")
     if any(layer.merged for layer in layers):
         raise ValueError(f"adapters of pipe's model are fused; {name} needs unfuse_lora() before")
-    found = []
+    if not weights and not any(s.on and s.names for s in map(_State.of, layers)):
+        raise ValueError(f"{name} is pipe's model without adapters, but they are off already")
+    wanted = []
     for layer in layers:
-        ours = _State(not layer.disable_adapters, [*layer.active_adapters], dict(layer.scaling))
+        before = _State.of(layer)
         for key, weight in weights.items():
             layer.set_scale(key, weight)
-        theirs = _State(bool(weights), [*weights] or ours.names, dict(layer.scaling))
-        layer.scaling.update(ours.scales)
-        found.append((layer, ours, theirs))
-    if not weights and not any(ours.on and ours.names for _, ours, _ in found):
-        raise ValueError(f"{name} is pipe's model without adapters, but they are off already")
-    return found
+        scales = {key: layer.scaling[key] for key in weights if key in layer.scaling}
+        layer.scaling.update(before.scales)
+        wanted.append((layer, _State(bool(weights), [*weights] or None, scales)))
+    return wanted
 
 
 def _denoiser(pipe: Any) -> nn.Module:

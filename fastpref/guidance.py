@@ -66,7 +66,8 @@ class AnnealedGuidance:
         base: the other model, by default the pipeline's own with all adapters off; adapters' names,
             where only these are to be on, or a mapping of names to weights; or a second model.
 
-    A step needs both models, but only one where w is 0 or 1. Steps are counted on the host, in
+    A step needs both models, but only one where w is 0 or 1. Adapters may change inside of the
+    `with`; the scheduler may not. Steps are counted on the host, in
     calls of the pipeline's scheduler (Heun's method and others of second order make two a step);
     n is the number that a pipeline does of them, which `strength` or `denoising_end` make fewer.
 
