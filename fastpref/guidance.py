@@ -10,7 +10,8 @@ model to the tuned one, and negative-preference guidance, which leads away from 
 
 diffusers' guiders (`diffusers.guiders`) are for its modular pipelines alone; the others, such as
 StableDiffusionXLPipeline, do classifier-free guidance themselves. So what is guided here is the
-call of their denoiser, `pipe.unet` or `pipe.transformer`. Nothing of diffusers is imported.
+call of their denoiser, `pipe.unet` or `pipe.transformer`. Nothing of diffusers is imported. (A
+modular pipeline that makes images of text can be annealed too, though not led away.)
 """
 
 from __future__ import annotations
@@ -176,10 +177,11 @@ class NegativePreferenceGuidance:
         """
 
         def split(place: Place, aligned: Call, negative: Call, args: Any, kwargs: Any) -> Any:
-            if not getattr(pipe, "do_classifier_free_guidance", False):
+            does = getattr(pipe, "do_classifier_free_guidance", None)
+            if not does:
                 raise ValueError(
-                    "pipe does no classifier-free guidance, whose negative half is what this "
-                    "guides; need a guidance_scale above 1"
+                    f"pipe.do_classifier_free_guidance is {does}; need a pipeline that does it, "
+                    "with a guidance_scale above 1"
                 )
             (neg_args, neg_kwargs), (pos_args, pos_kwargs) = halves(place, args, kwargs)
             neg = prediction(negative(*neg_args, **neg_kwargs))

@@ -641,7 +641,9 @@ def test_what_cannot_be_split_is_refused(sdxl: World) -> None:
     guidance = NegativePreferenceGuidance(spoilt(sdxl.model, 1))
     before = state_of(sdxl)
     with (
-        pytest.raises(ValueError, match=r"no classifier-free guidance.*guidance_scale above 1"),
+        pytest.raises(
+            ValueError, match=r"do_classifier_free_guidance is False; need .*_scale above 1"
+        ),
         guidance.applied(sdxl.pipe),
     ):
         sdxl.paint(scale=1.0)
