@@ -1,6 +1,6 @@
 """Knows what guidance by two models does to reward and diversity, on the models of the study.
 
-python examples/guidance_study.py --output_dir study    # 2 styles x 3 seeds, ten minutes
+python examples/guidance_study.py --output_dir study    # 3 aligned models x 3 seeds
 """
 
 from __future__ import annotations
@@ -174,13 +174,13 @@ def table_of(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-# By how a guidance's name begins: its words in the legend, and its colour.
+# By how a guidance's name begins: its words in the legend, its colour, and where its name stands.
 KINDS = {
-    "none": ("without guidance", COLORS[7]),
-    "annealed, c": ("annealed, w constant", COLORS[0]),
-    "annealed": ("annealed", COLORS[1]),
-    "NPO": ("away from the NPO model", COLORS[2]),
-    "from base": ("away from the base", COLORS[5]),
+    "none": ("without guidance", COLORS[7], (5, 4)),
+    "annealed, c": ("both models, w constant", COLORS[0], (5, 0)),
+    "annealed": ("annealed", COLORS[1], (-5, -1)),
+    "NPO": ("away from the NPO model", COLORS[2], (5, -7)),
+    "from base": ("away from the base", COLORS[5], (-5, -8)),
 }
 
 
@@ -211,14 +211,15 @@ def draw(axes: Axes, shown: dict[tuple[str, str], Group], name: str) -> None:
     """Means over seeds, named; each seed is a small dot."""
     labelled = set()
     for (model, guidance), group in shown.items():
-        said, color = next(v for k, v in KINDS.items() if guidance.startswith(k))
+        said, color, place = next(v for k, v in KINDS.items() if guidance.startswith(k))
         axes.plot(group["reward"], group[name], ".", color=color, alpha=0.35, markersize=4)
         marker, label = "s" if model == "base" else "o", None if said in labelled else said
         labelled.add(said)
         x, y = mean(group["reward"]), mean(group[name])
         axes.plot(x, y, marker, color=color, markersize=6, label=label)
         text = model if guidance == "none" else guidance.split(", ", 1)[1]
-        axes.annotate(text, (x, y), (4, 3), textcoords="offset points", fontsize=6)
+        side: Any = "left" if place[0] > 0 else "right"
+        axes.annotate(text, (x, y), place, textcoords="offset points", fontsize=6, ha=side)
 
 
 def main(argv: list[str] | None = None) -> int:
