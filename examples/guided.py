@@ -9,7 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
-from fastpref.guidance import AnnealedGuidance, NegativePreferenceGuidance, merged_negative
+from fastpref.guidance import (
+    SCHEDULES,
+    AnnealedGuidance,
+    NegativePreferenceGuidance,
+    merged_negative,
+)
 from lora_files import KOHYA_FILE, LORA_FILE
 
 Guidance = AnnealedGuidance | NegativePreferenceGuidance
@@ -37,6 +42,8 @@ def read_guidance(text: str) -> Wanted:
     kind, _, rest = text.partition(":")
     if kind == "annealed":
         schedule, _, p = rest.partition(":")
+        if schedule and schedule not in SCHEDULES:
+            raise ValueError(f"is {text!r}; need a schedule of {', '.join(SCHEDULES)}")
         wanted = Wanted(schedule=schedule or "linear", p=_number(text, p) if p else None)
         AnnealedGuidance(wanted.schedule or "", wanted.p)
         return wanted

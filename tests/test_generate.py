@@ -223,7 +223,7 @@ def test_how_guidance_is_written(tmp_path: Path) -> None:
         (["negative:"], "is 'negative:'; need annealed"),
         (["negative:npo:much"], "is 'negative:npo:much'; need a number instead of 'much'"),
         (["negative:npo:2"], "is 'negative:npo:2'; need an M from 0 to 1"),
-        (["annealed:cosine"], "schedule is 'cosine'; need one of base, draft, linear"),
+        (["annealed:cosine"], "is 'annealed:cosine'; need a schedule of base, draft, l"),
         (["annealed:linear:2"], "p is 2.0, but schedule is 'linear'"),
         (["annealed:step:x"], "is 'annealed:step:x'; need a number instead of 'x'"),
         (["negative:npo", "--guidance_scale", "1"], "need a --guidance_scale above 1 with it"),
