@@ -6,7 +6,7 @@ Images are (N, 1, 16, 16) fp32 in [-1, 1]; the model predicts the noise, conditi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,8 @@ SIZE = 16
 STYLES = ("none", "thick", "shear", "invert")
 NUM_TRAIN_TIMESTEPS = 1000
 ALPHAS = torch.cumprod(1 - torch.linspace(1e-4, 0.02, NUM_TRAIN_TIMESTEPS), dim=0)
+
+Model = Callable[[Tensor, Tensor, Tensor], Tensor]  # of pictures, timesteps and labels
 
 
 class Digits(NamedTuple):
@@ -140,12 +142,12 @@ def add_noise(images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def paint(model: UNet, labels: Tensor, noise: Tensor, steps: int = 25, batch: int = 64) -> Tensor:
+def paint(model: Model, labels: Tensor, noise: Tensor, steps: int = 25, batch: int = 64) -> Tensor:
     """DDIM without randomness or guidance: the picture that the model makes of each noise."""
     return torch.cat([_paint(model, l, e, steps) for l, e in _parts(batch, labels, noise)])
 
 
-def _paint(model: UNet, labels: Tensor, noise: Tensor, steps: int) -> Tensor:
+def _paint(model: Model, labels: Tensor, noise: Tensor, steps: int) -> Tensor:
     alphas = ALPHAS.to(noise.device)
     times = torch.arange(steps, 0, -1) * NUM_TRAIN_TIMESTEPS // steps - 1
     x = noise

@@ -3,6 +3,8 @@
     python examples/generate.py --mixed_precision fp16 --prompts prompts.txt --output grid.png \\
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \\
         --trained sdxl-mapo
+
+With --guidance a third column: both models at once, or the trained one led away from a worse one.
 """
 
 from __future__ import annotations
@@ -11,14 +13,27 @@ import startup  # noqa: F401 - before torch
 
 # isort: split
 import argparse
-import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
 
-from lora_files import KOHYA_FILE, LORA_FILE
+from guided import (
+    HELP,
+    TRAINED,
+    Guidance,
+    check_prediction,
+    find_trained,
+    load_unet,
+    make_guidance,
+    read_guidance,
+    scheduler_config,
+)
+from lora_files import LORA_FILE
 from painting import Painter, read_prompts, write_grid, write_image
 from sdxl import DTYPES, Encoders, add_model_flags
 
@@ -39,10 +54,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
          "LoRA's .safetensors file, kohya's too")
     flag("--prompts", required=True, type=Path, metavar="FILE", help="a text file, a prompt a line")
     flag("--output", default=Path("grid.png"), type=Path, metavar="FILE",
-         help="the grid: a row for each prompt, columns base and trained")
+         help="the grid: a row for each prompt, columns base and trained, and guided if asked for")
     flag("--images_dir", type=Path, metavar="DIR", help="a folder for the single pictures too")
     flag("--num_inference_steps", type=int, default=30, metavar="N", help="steps of the sampler")
     flag("--guidance_scale", type=float, default=5.0, help="1 or less: no guidance")
+    flag("--guidance", metavar="HOW", help=HELP)
     flag("--seed", type=int, default=0, help="of the first prompt's noise; the next has seed + 1")
     flag("--height", type=int, default=1024, help="of a picture, in pixels")
     flag("--width", type=int, default=1024, help="of a picture, in pixels")
@@ -52,24 +68,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("--mixed_precision is fp16 on a machine without a GPU; need no or bf16")
+    if args.guidance is not None:
+        with refusing():
+            args.guidance = read_guidance(args.guidance)
+            if args.guidance.path is not None and args.guidance_scale <= 1:
+                raise ValueError("leads away from a model; need a --guidance_scale above 1 with it")
     return args
 # fmt: on
 
 
-def find_trained(folder: Path) -> Path:
-    """Where in a run's folder its LoRA lies (a file), or its UNet (a folder)."""
-    for lora in (folder, folder / LORA_FILE, folder / KOHYA_FILE):
-        if lora.is_file() and lora.suffix == ".safetensors":
-            return lora
-    for unet in (folder / "pipeline" / "unet", folder / "unet", folder):
-        config = unet / "config.json"
-        if config.is_file() and "UNet" in json.loads(config.read_text()).get("_class_name", ""):
-            return unet
-    found = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
-    raise ValueError(
-        f"--trained {folder} holds {found}; need {LORA_FILE}, pipeline/ or a UNet, such as a run's "
-        "--output_dir has at its end"
-    )
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Say what is wrong with --guidance in a line, and exit with 2, as argparse does."""
+    try:
+        yield
+    except ValueError as error:
+        print(f"generate.py: error: --guidance {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def load_base(args: argparse.Namespace, device: torch.device) -> StableDiffusionXLPipeline:
@@ -91,18 +106,21 @@ def install(pipeline: StableDiffusionXLPipeline, trained: Path) -> None:
     """Put what was trained into the pipeline, in the place of the base's UNet or upon it."""
     device, dtype = pipeline.unet.device, pipeline.unet.dtype
     if trained.is_file():
-        pipeline.load_lora_weights(trained.parent, weight_name=trained.name)
+        folder, name = trained.parent, trained.name
+        pipeline.load_lora_weights(folder, weight_name=name, adapter_name=TRAINED)
         return
     pipeline.unet = None  # so that there is never room needed for two
-    pipeline.unet = UNet2DConditionModel.from_pretrained(trained, torch_dtype=dtype).to(device)
-    scheduler = trained.parent / "scheduler" / "scheduler_config.json"
-    if scheduler.is_file():  # a run may have been told another prediction type
-        kind = type(pipeline.scheduler)
-        pipeline.scheduler = kind.from_config(json.loads(scheduler.read_text()))
+    pipeline.unet = load_unet(trained, device, dtype)
+    config = scheduler_config(trained)
+    if config is not None:  # a run may have been told another prediction type
+        pipeline.scheduler = type(pipeline.scheduler).from_config(config)
 
 
 def paint(
-    args: argparse.Namespace, pipeline: StableDiffusionXLPipeline, prompts: list[str]
+    args: argparse.Namespace,
+    pipeline: StableDiffusionXLPipeline,
+    prompts: list[str],
+    guidance: Guidance | None = None,
 ) -> list[Image.Image]:
     """A picture of each prompt, by the pipeline as it is."""
     encoders = Encoders(
@@ -114,7 +132,8 @@ def paint(
         prompts, encoders, pipeline.device, args.height, args.width, args.num_inference_steps,
         args.guidance_scale, args.seed, load_vae=lambda: pipeline.vae,
     )  # fmt: skip
-    return painter.paint(pipeline.unet, pipeline.scheduler)
+    applied = guidance.applied if guidance is not None else nullcontext
+    return painter.paint(pipeline.unet, pipeline.scheduler, applied=applied)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -123,15 +142,25 @@ def main(args: argparse.Namespace) -> None:
     trained = find_trained(args.trained)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = load_base(args, device)
+    if args.guidance is not None:
+        with refusing():
+            check_prediction(pipeline, trained, args.guidance)
     pictures = {"base": paint(args, pipeline, prompts)}  # before a LoRA is there
+    base = pipeline.unet if args.guidance is not None and not trained.is_file() else None
     install(pipeline, trained)
     pictures["trained"] = paint(args, pipeline, prompts)
+    if args.guidance is not None:
+        with refusing():
+            guidance = make_guidance(args.guidance, pipeline, trained, base)
+            with guidance.applied(pipeline):
+                pass  # whether it can be
+        pictures["guided"] = paint(args, pipeline, prompts, guidance)
     write_grid(pictures, prompts, args.output)
     if args.images_dir is not None:
         for name, images in pictures.items():
             for i, image in enumerate(images):
                 write_image(image, args.images_dir / f"{i:03}-{name}.png")
-    print(f"{args.output}: {len(prompts)} prompts, base and {trained}")
+    print(f"{args.output}: {len(prompts)} prompts, {', '.join(pictures)}; {trained}")
 
 
 if __name__ == "__main__":

@@ -105,8 +105,11 @@ class Painter:
         unet: UNet2DConditionModel,
         scheduler: SchedulerMixin | Mapping[str, Any],
         text_encoders: Sequence[Any] = (),
+        applied: Callable[[Any], AbstractContextManager[Any]] = nullcontext,
     ) -> list[Image.Image]:
         """A picture of each prompt, which text encoders embed anew where they come: if they learn.
+
+        `applied` gets the pipeline that paints and holds meanwhile, as fastpref.guidance's does.
 
         Of a scheduler's config alone SDXL's own sampler is made; a scheduler is used as a copy, so
         that the steps set on it stay here.
@@ -121,7 +124,7 @@ class Painter:
         )
         pipeline.set_progress_bar_config(disable=True)
         pictures = []
-        with evaluating(unet, *text_encoders):
+        with evaluating(unet, *text_encoders), applied(pipeline):
             conditions = self.embed(text_encoders) if text_encoders else self.conditions
             for i, condition in enumerate(tqdm(conditions, desc="painting", leave=False)):
                 embeds = {k: v.to(self.device, unet.dtype) for k, v in condition.items()}

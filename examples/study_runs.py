@@ -35,7 +35,7 @@ from digits import (
     restyle,
     train_base,
 )
-from study_methods import METHODS, Rewards, Setting, describe
+from study_methods import METHODS, Method, Rewards, Setting, describe
 
 PAIRS = 32  # in a step
 WARMUP = 10  # steps
@@ -175,8 +175,12 @@ def draw(
     return torch.cat([first, second]), timesteps.repeat(4), noise
 
 
-def align(world: World, run: Run) -> tuple[UNet, list[dict[str, float]]]:
+def align(
+    world: World, run: Run, method: Method | None = None
+) -> tuple[UNet, list[dict[str, float]]]:
     """Train a copy of the base model on preferences; its metrics are those of `LossOutput`.
+
+    `method` comes with a loss that is not in METHODS.
 
     AdamW without weight decay, gradients clipped to 1, ten steps of warm-up, then a linear decay to
     0: at a constant rate the outcome depends on the step one stops at.
@@ -184,7 +188,7 @@ def align(world: World, run: Run) -> tuple[UNet, list[dict[str, float]]]:
     model = copy.deepcopy(world.base).requires_grad_(True)
     if run.method == "base":
         return model, []
-    method = METHODS[run.method]
+    method = method or METHODS[run.method]
     knobs = {name: value for name, value in run.setting.items() if name != "lr"}
     winners, labels = restyle(world.splits.train.images, run.style), world.splits.train.labels
     losers, device = world.losers.images, labels.device

@@ -11,6 +11,7 @@ if (_kernels / "fastpref_kernels").is_dir() and str(_kernels) not in _sys.path:
 from fastpref_kernels import register_link as register_link  # noqa: E402
 
 from . import advantages as advantages  # noqa: E402
+from . import guidance as guidance  # noqa: E402
 from . import inversion as inversion  # noqa: E402
 from . import links as links  # noqa: E402
 from . import losses as _losses  # noqa: E402
@@ -37,9 +38,9 @@ if not _typing.TYPE_CHECKING:  # checkers see the imports, and could not work th
     __all__ = sorted(
         {
             *("CONVENTIONS", "ForwardOutput", "Health", "LossOutput", "PairErrors", "SampleOutput"),
-            *("StepOutput", "advantages", "convert_beta", "health", "inversion", "links"),
-            *("losses_from_errors", "pair_errors", "pair_loss", "preferences", "register_link"),
-            *("smoothed_preference", "transitions"),
+            *("StepOutput", "advantages", "convert_beta", "guidance", "health", "inversion"),
+            *("links", "losses_from_errors", "pair_errors", "pair_loss", "preferences"),
+            *("register_link", "smoothed_preference", "transitions"),
             *_losses.__all__,
             *_modules.__all__,
         }

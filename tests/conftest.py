@@ -37,6 +37,7 @@ NEEDS = {
         TRAINER,
     ),
     "test_gpu_check.py": ("packaging",),
+    "test_guidance.py": ("accelerate", "diffusers", "peft", "transformers"),
     "test_mismatch_study.py": ("PIL", "matplotlib", "sklearn", "tqdm"),
     "test_packaging.py": ("build", "diffusers", "kernels", "packaging", "transformers", "uv"),
 }  # fmt: skip

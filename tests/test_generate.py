@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +14,16 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import generate
 from curves import append_metrics
+from fastpref.guidance import AnnealedGuidance, NegativePreferenceGuidance, merged_negative
+from guided import Wanted, read_guidance
 from lora_files import KOHYA_FILE, LORA_FILE, write_lora
 from model_card import push, shown, write_card
 from policy import TEXT_LAYERS, UNET_LAYERS
@@ -28,21 +33,21 @@ PROMPTS = ["a cat", "a dog"]
 Generate = Callable[..., dict[str, list[Image.Image]]]
 
 
-def spoil(model: Any, by: float) -> None:
-    generator = torch.Generator().manual_seed(1)
+def spoil(model: Any, by: float, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += by * torch.randn(parameter.shape, generator=generator)
 
 
-def save_lora(base: Path, folder: Path, *names: str) -> None:
+def save_lora(base: Path, folder: Path, *names: str, seed: int = 1) -> None:
     """Random adapters of these parts of the pipeline, saved as the trainer does."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(base, add_watermarker=False)
     parts = [getattr(pipeline, name) for name in names]
     for part in parts:
         targets = UNET_LAYERS if part is pipeline.unet else TEXT_LAYERS
         part.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=targets))
-        spoil(part, 0.3)
+        spoil(part, 0.3, seed)
     folder.mkdir()
     write_lora(folder, parts, [None] * len(parts))
 
@@ -54,9 +59,23 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipeline = tiny_sdxl((8, 16), (8, 8), sample_size=8, norm_num_groups=4)
     pipeline.save_pretrained(folder / "base")
     save_lora(folder / "base", folder / "lora", "unet")
+    save_lora(folder / "base", folder / "npo_lora", "unet", seed=2)
     save_lora(folder / "base", folder / "lora_text", "unet", "text_encoder", "text_encoder_2")
+    state = load_file(folder / "lora_text" / LORA_FILE)
+    (folder / "text").mkdir()
+    text = {key: value for key, value in state.items() if key.startswith("text_encoder")}
+    save_file(text, folder / "text" / LORA_FILE)
     shutil.copytree(folder / "lora_text", folder / "kohya")
-    (folder / "kohya" / LORA_FILE).unlink()
+    shutil.copytree(folder / "lora", folder / "kohya_unet")
+    for name in ("kohya", "kohya_unet"):
+        (folder / name / LORA_FILE).unlink()
+    wide = tiny_sdxl((8, 24), (8, 8), sample_size=8, norm_num_groups=4).unet
+    wide.save_pretrained(folder / "wide" / "pipeline" / "unet")
+    origin = pipeline.unet
+    pipeline.unet = copy.deepcopy(origin)
+    spoil(pipeline.unet, 0.1, seed=2)
+    pipeline.save_pretrained(folder / "npo" / "pipeline")
+    pipeline.unet = origin
     spoil(pipeline.unet, 0.1)
     pipeline.save_pretrained(folder / "full" / "pipeline")
     shutil.copytree(folder / "full" / "pipeline" / "unet", folder / "alone")
@@ -77,17 +96,17 @@ def run(world: Path, tmp_path: Path) -> Generate:
         assert Image.open(tmp_path / "grid.png").width > 2 * 480
         return {
             name: [Image.open(tmp_path / "single" / f"{i:03}-{name}.png") for i in range(2)]
-            for name in ("base", "trained")
+            for name in ("base", "trained", *["guided"] * ("--guidance" in flags))
         }
 
     return pictures
 
 
-def own_pictures(pipeline: StableDiffusionXLPipeline) -> list[Image.Image]:
+def own_pictures(pipeline: StableDiffusionXLPipeline, steps: int = 2) -> list[Image.Image]:
     pipeline.set_progress_bar_config(disable=True)
     return [
         pipeline(
-            prompt, height=16, width=16, num_inference_steps=2,
+            prompt, height=16, width=16, num_inference_steps=steps,
             generator=torch.Generator().manual_seed(3 + i),
         ).images[0]
         for i, prompt in enumerate(PROMPTS)
@@ -118,6 +137,115 @@ def test_the_base_and_what_was_trained_are_painted_as_diffusers_does(
         expected = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
     assert difference(found["trained"], own_pictures(expected)) <= 1
     assert difference(found["trained"], found["base"]) > 3
+
+
+def unet_of(world: Path, name: str) -> Any:
+    """A run's UNet, a LoRA fused into it."""
+    if "lora" not in name:
+        return UNet2DConditionModel.from_pretrained(world / name / "pipeline" / "unet")
+    pipeline = StableDiffusionXLPipeline.from_pretrained(world / "base", add_watermarker=False)
+    like = pipeline.unet.state_dict()
+    unet = copy.deepcopy(pipeline.unet)
+    pipeline.load_lora_weights(world / name, weight_name=LORA_FILE)
+    pipeline.fuse_lora()
+    named = {k.replace(".base_layer", ""): v for k, v in pipeline.unet.state_dict().items()}
+    unet.load_state_dict({key: named[key] for key in like})
+    return unet
+
+
+def guided_pictures(
+    world: Path, trained: str, make: Callable[..., Any], steps: int = 2
+) -> list[Image.Image]:
+    """By a pipeline with whole weights, under what `make` makes of the trained UNet and base."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(world / "base", add_watermarker=False)
+    base = pipeline.unet
+    pipeline.unet = unet_of(world, trained)
+    with make(pipeline.unet, base).applied(pipeline):
+        return own_pictures(pipeline, steps)
+
+
+@pytest.mark.parametrize("trained", ["lora", "kohya_unet", "full"])
+@pytest.mark.parametrize(
+    ("flag", "settings"), [("annealed", ("linear",)), ("annealed:step:0.2", ("step", 0.2))]
+)
+def test_annealed_guidance(
+    world: Path, run: Generate, trained: str, flag: str, settings: tuple[Any, ...]
+) -> None:
+    found = run(trained, "--guidance", flag, "--num_inference_steps", "5")
+
+    def make(unet: Any, base: Any) -> AnnealedGuidance:
+        return AnnealedGuidance(*settings, base=base)
+
+    like = trained.removeprefix("kohya_").replace("unet", "lora")
+    assert difference(found["guided"], guided_pictures(world, like, make, 5)) <= 1
+    assert difference(found["guided"], found["trained"]) > 3
+    assert difference(found["guided"], found["base"]) > 3
+
+
+def test_the_ends_of_annealed_guidance(run: Generate) -> None:
+    for schedule, column in (("draft", "trained"), ("base", "base")):
+        found = run("lora", "--guidance", f"annealed:{schedule}")
+        assert difference(found["guided"], found[column]) == 0
+
+
+@pytest.mark.parametrize("trained", ["lora", "full"])
+@pytest.mark.parametrize("negative", ["npo_lora", "npo"])
+@pytest.mark.parametrize("m", [0.0, 0.25])
+def test_negative_guidance(
+    world: Path, run: Generate, trained: str, negative: str, m: float
+) -> None:
+    found = run(trained, "--guidance", f"negative:{world / negative}" + f":{m}" * (m > 0))
+
+    def make(unet: Any, base: Any) -> NegativePreferenceGuidance:
+        other = unet_of(world, negative)
+        states = (each.state_dict() for each in (unet, base, other))
+        other.load_state_dict(merged_negative(*states, m=m))
+        return NegativePreferenceGuidance(other)
+
+    assert difference(found["guided"], guided_pictures(world, trained, make)) <= 1
+    assert difference(found["guided"], found["trained"]) > 3
+
+
+def test_how_guidance_is_written(tmp_path: Path) -> None:
+    assert read_guidance("annealed") == Wanted(schedule="linear")
+    assert read_guidance("annealed:power:4") == Wanted(schedule="power", p=4.0)
+    assert read_guidance("negative:some/run:0.5") == Wanted(path=Path("some/run"), m=0.5)
+    (tmp_path / "run:1").mkdir()
+    whole = Wanted(path=tmp_path / "run:1")
+    assert read_guidance(f"negative:{tmp_path}/run:1") == whole
+    assert read_guidance(f"negative:{tmp_path}/run:1:1") == whole._replace(m=1.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["cfg"], r"is 'cfg'; need annealed\[:SCHEDULE\[:P\]\] or negative:PATH\[:M\]"),
+        (["negative:"], "is 'negative:'; need annealed"),
+        (["negative:npo:much"], "is 'negative:npo:much'; need a number instead of 'much'"),
+        (["negative:npo:2"], "is 'negative:npo:2'; need an M from 0 to 1"),
+        (["annealed:cosine"], "is 'annealed:cosine'; need a schedule of base, draft, l"),
+        (["annealed:linear:2"], "p is 2.0, but schedule is 'linear'"),
+        (["annealed:step:x"], "is 'annealed:step:x'; need a number instead of 'x'"),
+        (["negative:npo", "--guidance_scale", "1"], "need a --guidance_scale above 1 with it"),
+        (["negative:nowhere"], "negative: nowhere holds nothing; need pytorch_lora"),
+        (
+            ["negative:{world}/v"],
+            "mixes predictions, but the base predicts epsilon and .* predicts",
+        ),
+        (["negative:{world}/wide"], r"negative\[.*\] has shape .*; need .*, positive's"),
+        (["annealed", "--trained", "{world}/v"], "the base predicts epsilon and .* v_prediction"),
+        (["annealed", "--trained", "{world}/text"], "base is pipe's model without adapters, but"),
+    ],
+)
+def test_unfit_guidance_is_a_line(
+    world: Path, run: Generate, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    trained = "full" if "wide" in flags[0] else "lora"
+    with pytest.raises(SystemExit) as caught:
+        run(trained, "--guidance", *(flag.format(world=world) for flag in flags))
+    assert caught.value.code == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert re.match(rf"generate\.py: error: --guidance .*{message}", line)
 
 
 def test_half_precision_and_another_vae(world: Path, run: Generate) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+import guidance_study
 import mismatch_study
 import study_runs
 from digit_judge import frechet, spread
-from digits import ALPHAS, STYLES, Digits, add_noise, load_splits, restyle
+from digits import ALPHAS, STYLES, Digits, UNet, add_noise, load_splits, paint, restyle
+from fastpref.guidance import AnnealedGuidance
 from study_checks import check, report
 from study_methods import MAIN, METHODS, TRIALS, Rewards, choose, describe, read_trials
 from study_runs import Run, World, align, draw, execute, load_world, make_base, make_judge
@@ -354,3 +356,41 @@ def test_a_killed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(KeyboardInterrupt):
         study_runs.write_aside(path, json.dumps({"half": 1}).encode())
     assert path.read_bytes() == b"{}"
+
+
+def test_guided_models_of_the_study(folder: Path, world: World, tmp_path: Path) -> None:
+    """All rows of a small job, and what must be equal to another model's pictures."""
+    small = {name: SMALL[name] for name in ("base_steps", "judge_steps")}
+    job = guidance_study.Job("none", 1, samples=20, steps=2, **small)
+    rows = guidance_study.do(folder, job, "cpu")
+    assert len({(row["model"], row["guidance"]) for row in rows}) == len(rows) == 17
+    guidance_study.write_rows(tmp_path / "rows.csv", rows)
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 18
+    guidance_study.plot(rows * 2, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    assert guidance_study.table_of(rows * 2).count("±") == 4 * 17
+
+    other = UNet().requires_grad_(False)
+    with torch.no_grad():
+        for parameter in other.head.parameters():
+            parameter.normal_()
+    labels, noise = torch.arange(3), torch.randn(3, 1, 16, 16)
+    seen = []
+
+    def schedule(x: float) -> float:
+        seen.append(x)
+        return 0.5
+
+    guided = {
+        "draft": guidance_study.annealed(other, world.base, AnnealedGuidance("draft")),
+        "base": guidance_study.annealed(other, world.base, AnnealedGuidance("base")),
+        "own": guidance_study.annealed(other, world.base, AnnealedGuidance(schedule)),
+        "g 1": guidance_study.led_away(other, world.base, 1.0),
+        "g .5": guidance_study.led_away(other, world.base, 0.5),
+    }
+    found = {name: paint(model, labels, noise) for name, model in guided.items()}
+    torch.testing.assert_close(found["draft"], paint(other, labels, noise))
+    torch.testing.assert_close(found["base"], paint(world.base, labels, noise))
+    torch.testing.assert_close(found["g 1"], found["draft"], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found["g .5"], found["own"], rtol=1e-3, atol=1e-4)
+    assert seen == [i / 25 for i in range(25)]

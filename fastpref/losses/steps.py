@@ -8,7 +8,7 @@ formulas log_ratio is log(p(x_next | x) / p_old(x_next | x)), means over a sampl
 
 with weight = 1 / (2 std^2), 1 for CPS. As a product it is exactly 0, and the ratio 1, where
 model_pred equals old_pred. The published codes subtract two log-probabilities, which in fp32 is off
-by 1e-9 to 1.5e-7 (benchmarks/precision.py), while clips in use are 1e-3 to 2e-6.
+by 9e-9 to 2e-7 (benchmarks/precision.py), while clips in use are 1e-3 to 2e-6.
 Log-probabilities that a framework stored are taken in place of predictions, at that precision.
 
 Every function returns a StepOutput (`nft_loss` a ForwardOutput), runs in one launch each way, and
