@@ -64,7 +64,7 @@ def benchmark(limit: float, name: str, *words: str) -> Command:
 
 
 def tests(where: Where) -> list[Command]:
-    return [Command(160, [*PYTEST, "tests/test_gpu.py"])]
+    return [Command(200, [*PYTEST, "tests/test_gpu.py"])]
 
 
 def report(where: Where) -> Command:
@@ -97,7 +97,7 @@ def headline(where: Where) -> list[Command]:
 
 def choices(where: Where) -> list[Command]:
     words = ["--shapes", "tiny", "--rounds", "1"] if where.dry else []
-    return [benchmark(210, "choices", "--output_dir", str(where.out), *words)]
+    return [benchmark(190, "choices", "--output_dir", str(where.out), *words)]
 
 
 def sanitizers(where: Where) -> list[Command]:
@@ -108,7 +108,8 @@ def sanitizers(where: Where) -> list[Command]:
         say(where.out / "log.txt", f"left out: {why}")
         return []
     selected = "(test_shapes and mapo) or every_loss_is_its_formula and 0.01-dpo"
-    selected += " or published_and_fused_agree and dtypes0 and (kto or rankdpo_4 or dspo)"
+    families = "kto or rankdpo_4 or dspo or step_dpo or nft"
+    selected += f" or published_and_fused_agree and dtypes0 and ({families})"
     files = [f"tests/test_{name}.py" for name in ("pair_loss", "losses", "benchmarks")]
     words = [*PYTEST, *files, "-k", selected]
     sanitizer = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", found]
@@ -134,7 +135,7 @@ def shapes(where: Where) -> list[Command]:
     if where.dry:
         words = [*DRY, "--pairs", "1", "--skip_measured"]
     words += ["--output_dir", str(where.out)]
-    return [benchmark(160, "bench_loss", *words), report(where)]
+    return [benchmark(140, "bench_loss", *words), report(where)]
 
 
 STEPS: dict[str, Step] = {
