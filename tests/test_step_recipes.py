@@ -247,6 +247,14 @@ def test_flow_grpo_with_cps() -> None:
 
     assert some(check(CPS, names, theirs)["out"].clipped)
 
+    def with_kl(pred: Tensor) -> Tensor:
+        """std_dev_t is the standard deviation there."""
+        apart = mu(names["x"], pred) - mu(names["x"], names["ref_pred"])
+        return theirs(pred) + 0.04 * (mean(apart**2) / (2 * std**2)).mean()
+
+    options = 'clip_range=1e-5, ref_pred=ref_pred, kl_weight=0.04, kl="gaussian"'
+    check(CPS.replace("clip_range=1e-5", options), names, with_kl)
+
 
 def test_dance_grpo() -> None:
     """Of two rewards, each with its coefficient; MixGRPO's step is this or Flow-GRPO's."""
