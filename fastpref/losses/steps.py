@@ -328,7 +328,8 @@ def nft_loss(
     Args:
         model_pred, target, old_pred: velocities, (B, ...). old_pred: of the policy that sampled, or
             its slowly following average.
-        reward: (B,), in [0, 1]: from an advantage A, 0.5 + A within +-5 / 10.
+        reward: (B,), in [0, 1]: of an advantage A it is 0.5 + clamp(A, -5, 5) / 10, whose 5 is the
+            one in the formula.
         t: (B,) the times of the samples, in (0, 1]. Without them it is 1.
         beta: 1 in the paper's base configuration; .1 for OCR and several rewards.
         adaptive: without it, nothing is divided, and err_+ is t^2 mean((v_+ - target)^2): with t =
