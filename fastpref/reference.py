@@ -5,6 +5,8 @@ differentiable operations instead."""
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,11 +37,11 @@ from .sums import (
     sides_of,
     squares,
     stats_of,
-    swapped,
 )  # fmt: skip
 
 LARGE = 2**20  # elements; above it, a CPU takes one sample at a time
 FEW = 32  # pairs; up to it, a CPU works out the link in floats
+_on_cpu = functools.partial(torch.tensor, device=torch.device("cpu"))
 
 
 def loss_of(batch: Batch, options: Options) -> tuple[Tensor, Tensor]:
@@ -80,20 +82,19 @@ class _ClosedForm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if batch.is_fp64 else torch.float32
         sides = sides_of(batch, options.huber_c)
-        kinds = of_members([_sums(side, options, dtype) for side in sides])
-        cross = None
-        if options.needs[1]:
-            cross = cross_of(sides, options.error_reduction, dtype, batch.swap)
         if _in_floats(batch, options):
-            loss, factors, margin = _link_in_floats(batch, options, kinds)
+            loss, ctx.factors, made = _link_in_floats(batch, options, sides, dtype)
         else:
+            kinds = of_members([_sums(side, options, dtype) for side in sides])
+            cross = None
+            if options.needs[1]:
+                cross = cross_of(sides, options.error_reduction, dtype, batch.swap)
             losses, slopes, margin = linked(batch, options, kinds, cross)
             loss, shares = reduced(losses, options), shares_of(losses, options)
             none = torch.zeros_like(margin)
             factors = torch.stack([torch.stack([none + s for s in each]) for each in slopes])
-            factors = torch.where(factors == 0.0, 0.0, factors * shares)
-        made = stats_of(kinds, cross, margin)
-        ctx.factors = factors
+            ctx.factors = torch.where(factors == 0.0, 0.0, factors * shares)
+            made = stats_of(kinds, cross, margin)
         ctx.rest, ctx.options = batch[4:], options
         # The constants are for autograd to see if somebody changes them.
         huber_t = options.huber_c if isinstance(options.huber_c, Tensor) else None
@@ -111,6 +112,7 @@ class _ClosedForm(torch.autograd.Function):
         needed = ctx.needs_input_grad[:2]
         saved = ctx.saved_tensors[1:]
         batch = Batch(saved[:2], saved[2:4], saved[4:6], saved[6:], *ctx.rest)
+        factors = ctx.factors
         with no_autocast(batch.device):
             if (
                 torch.is_grad_enabled()  # create_graph=True
@@ -119,7 +121,11 @@ class _ClosedForm(torch.autograd.Function):
             ):
                 grads = _again(batch, ctx.options, grad_loss, needed)
             else:
-                grads = _closed_form(batch, ctx.options, ctx.factors * grad_loss, needed)
+                if isinstance(factors, list):
+                    factors = _times_gradient(factors, grad_loss, batch)
+                else:
+                    factors = factors * grad_loss
+                grads = _closed_form(batch, ctx.options, factors, needed)
         return *grads, None, None
 
 
@@ -131,29 +137,35 @@ def _in_floats(batch: Batch, options: Options) -> bool:
 
 
 def _link_in_floats(
-    batch: Batch, options: Options, kinds: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, factors, margin)"""
-    errors = swapped(kinds[0], batch.swap)
-    (err_w, err_l), (gap_w, gap_l) = errors.tolist(), errors.tolist()
-    if len(kinds) > 1:
-        gap_w, gap_l = swapped(kinds[1], batch.swap).tolist()
-    n_pairs = len(err_w)
-    scalars = [_per_pair(scalar, n_pairs) for scalar in options.scalars]
+    batch: Batch, options: Options, sides: Sequence[Side], dtype: torch.dtype
+) -> tuple[Tensor, list[float], Tensor]:
+    """(loss, factors of the first members and then of the second, stats)"""
+    of_sides = [
+        _plain_sums(side, options, dtype) if _is_plain(side)
+        else [kind.flatten().tolist() for kind in _sums(side, options, dtype)]
+        for side in sides
+    ]  # fmt: skip
+    kinds = of_sides[0] if len(sides) == 1 else [w + l for w, l in zip(*of_sides, strict=True)]
+    errors, gaps = kinds[0], kinds[1 if len(kinds) > 1 else 0]
+    n = batch.n_groups
+    scalars = [_per_pair(scalar, n) for scalar in options.scalars]
+    w, l = (n, 0) if batch.swap else (0, n)  # where winners and losers begin
     assert isinstance(options.link, Link)
     made = [
         pair_losses(
-            options.link, (err_w[i], err_l[i]), (gap_w[i], gap_l[i]), [s[i] for s in scalars]
+            options.link,
+            (errors[w + i], errors[l + i]),
+            (gaps[w + i], gaps[l + i]),
+            [s[i] for s in scalars],
         )
-        for i in range(n_pairs)
+        for i in range(n)
     ]
-    loss, slope_w, slope_l, margin = zip(*made, strict=True)
-    new = functools.partial(torch.tensor, dtype=errors.dtype, device=errors.device)
-    share = 1.0 / n_pairs if options.reduction == "mean" else 1.0
-    each = (slope_l, slope_w) if batch.swap else (slope_w, slope_l)
-    rows = new([*([share * slope for slope in slopes] for slopes in each), margin])
-    total = new(loss if options.reduction == "none" else sum(loss) * share)
-    return total, rows[None, :2], rows[2]
+    losses, slope_w, slope_l, margin = zip(*made, strict=True)
+    share = 1.0 / n if options.reduction == "mean" else 1.0
+    slopes = (*slope_l, *slope_w) if batch.swap else (*slope_w, *slope_l)
+    loss = losses if options.reduction == "none" else sum(losses) * share
+    stats = _on_cpu([*itertools.chain(*kinds, margin)], dtype=dtype)
+    return _on_cpu(loss, dtype=dtype), [share * slope for slope in slopes], stats.view(-1, n)
 
 
 def _per_pair(scalar: Scalar, n_pairs: int) -> list[float]:
@@ -162,22 +174,34 @@ def _per_pair(scalar: Scalar, n_pairs: int) -> list[float]:
     return [float(scalar)] * n_pairs
 
 
+def _times_gradient(factors: list[float], grad_loss: Tensor, batch: Batch) -> Tensor | list[float]:
+    """`_link_in_floats`'s factors as `_closed_form` takes them."""
+    if batch.mask[0] is not None or not readable(grad_loss):
+        return grad_loss.new_tensor(factors).view(1, 2, -1) * grad_loss
+    of_loss = grad_loss.tolist()
+    of_pairs = of_loss if grad_loss.dim() else [of_loss] * batch.n_groups
+    return [factor * grad for factor, grad in zip(factors, of_pairs * 2, strict=True)]
+
+
 def _closed_form(
-    batch: Batch, options: Options, factors: Tensor, needed: tuple[bool, bool]
+    batch: Batch, options: Options, factors: Tensor | list[float], needed: tuple[bool, bool]
 ) -> list[Tensor | None]:
     """grad = factor * 2 / size * (pred - target), and with drift that by pred - ref, in the dtype
     and layout of pred.
 
-    factors: (directions, members, B), slopes times the gradient of the loss. 0 makes a gradient 0,
-    whatever the elements.
+    factors: (directions, members, B), slopes times the gradient of the loss, or, of one direction
+    and without masks, a list of these. 0 makes a gradient 0, whatever the elements.
     """
     grads = [
         torch.empty_like(t) if need and t is not None else None
         for t, need in zip(batch.pred, needed, strict=True)
     ]
+    if isinstance(factors, list):  # nothing goes along pred - ref
+        batch = batch._replace(ref=(None, None))
     sides = sides_of(batch, options.huber_c)
     whole = batch.pred[1] is None
     n = batch.n_groups
+    scale = 1.0 if options.huber_c is not None else 2.0
     for i, side in enumerate(sides):
         grad = grads[0] if whole else grads[i]
         if grad is None:
@@ -185,14 +209,27 @@ def _closed_form(
         if whole and len(sides) == 2:
             grad = grad[i * n : (i + 1) * n]
         rows = grad.view(side.pred.shape) if not batch.listed else _listed(grad, side.pred, n)
-        first, *drift = factors if len(sides) == 1 else factors[:, i : i + 1]
-        factor = _scaled(first, side, options, 1.0 if options.huber_c is not None else 2.0)
-        factor = broadcast(factor, rows)
-        plain = side.mask is None and options.huber_c is None
-        if plain and grad.dtype == factor.dtype and not drift:
-            torch.sub(side.pred, side.target, out=rows).mul_(factor)
-            if _may_be_0(factor):
-                rows.masked_fill_(factor == 0, 0.0)
+        drift: Sequence[Tensor] = ()
+        if isinstance(factors, list):
+            of_side = factors if len(sides) == 1 else factors[i * n : (i + 1) * n]
+            size = rows.numel() // len(of_side) if options.error_reduction == "mean" else 1
+            dtype = torch.float64 if batch.is_fp64 else torch.float32
+            factor = _on_cpu([scale / size * each for each in of_side], dtype=dtype)
+            may_be_0 = 0.0 in factor.tolist()
+            factor = factor.view(-1, n, *(1,) * (rows.dim() - 2))
+        else:
+            first, *drift = factors if len(sides) == 1 else factors[:, i : i + 1]
+            factor = broadcast(_scaled(first, side, options, scale), rows)
+            may_be_0 = _may_be_0(factor)
+        if side.mask is None and options.huber_c is None and not drift:
+            if grad.dtype == factor.dtype:
+                made = torch.sub(side.pred, side.target, out=rows).mul_(factor)
+            else:
+                made = side.pred.to(factor.dtype).sub_(side.target).mul_(factor)
+            if may_be_0:
+                made.masked_fill_(factor == 0, 0.0)
+            if made is not rows:
+                rows.copy_(made)
             continue
         cast = cast_side(side, factor.dtype)
         diff = _off(cast.pred, cast.target, side.mask)
@@ -253,8 +290,11 @@ def _again(
 def _sums(side: Side, options: Options, dtype: torch.dtype) -> list[Tensor]:
     """(S, B) each: errors, and with a reference what they are above its own, those, and the drift.
     On a CPU, large tensors a sample at a time: fresh memory costs more there than arithmetic."""
-    shape, on_cpu = side.pred.shape[:2], side.pred.device.type == "cpu"
-    if side.pred.numel() > LARGE and on_cpu and shape.numel() > 1:
+    shape = side.pred.shape[:2]
+    if _is_plain(side):
+        kinds = _plain_sums(side, options, dtype)
+        return [_on_cpu(kind, dtype=dtype).view(shape) for kind in kinds]
+    if _is_large(side):
         each = [_sums(sample, options, dtype) for sample in samples(side)]
         return [torch.cat(kind).view(shape) for kind in zip(*each, strict=True)]
     pred, target, ref, mask, huber_c = cast_side(side, dtype)
@@ -262,29 +302,50 @@ def _sums(side: Side, options: Options, dtype: torch.dtype) -> list[Tensor]:
     def of_samples(elements: Tensor) -> Tensor:
         return per_sample(elements, side, options.error_reduction)
 
-    plain = huber_c is None
     diff = _off(pred, target, mask)
     if ref is None:
-        return [of_samples(diff.square_() if plain else squares(diff, huber_c))]
-    elements = squares(diff, huber_c)
-    err = of_samples(elements)
+        return [of_samples(diff.square_() if huber_c is None else squares(diff, huber_c))]
+    err = of_samples(squares(diff, huber_c))
     if ref.dim() == 2:
         return [err, err - ref, ref]
     drift = [of_samples(_off(pred, ref, mask).square_())] if options.needs[0] else []
-    if plain and on_cpu and mask is None:
-        # (pred - ref) * (pred - target + ref - target), with fewer passes over the memory
-        moved = torch.sub(pred, ref, out=elements)
-        gap = 2.0 * of_samples(diff.sub_(moved, alpha=0.5).mul_(moved))
-        of_ref = err - gap
-        if not _far_from_cancelling(of_ref, err):
-            of_ref = of_samples((ref - target).square_())
-        return [err, gap, of_ref, *drift]
     moved = _off(pred, ref, mask)
     diff_ref = _off(ref, target, mask)
     of_ref = of_samples(squares(diff_ref, huber_c))
     return [err, of_samples(gaps(moved, diff, diff_ref, huber_c)), of_ref, *drift]
 
 
-def _far_from_cancelling(difference: Tensor, of: Tensor) -> bool:
-    numbers = zip(difference.flatten().tolist(), of.flatten().tolist(), strict=True)
-    return all(d > 1e-2 * o for d, o in numbers)
+def _is_large(side: Side) -> bool:
+    pred = side.pred
+    return pred.numel() > LARGE and pred.device.type == "cpu" and pred.shape[:2].numel() > 1
+
+
+def _is_plain(side: Side) -> bool:
+    """Whether its sums are `_plain_sums`."""
+    plain = side.mask is None and side.huber_c is None and side.pred.device.type == "cpu"
+    return plain and (side.ref is None or side.ref.dim() > 2) and not _is_large(side)
+
+
+def _plain_sums(side: Side, options: Options, dtype: torch.dtype) -> list[list[float]]:
+    """`_sums` on a CPU, S * B numbers of each kind, with few passes over the memory: numbers cost
+    less there than tensors of them."""
+    pred, target, ref = side.pred.to(dtype), side.target, side.ref
+    size = pred.shape[2:].numel() if options.error_reduction == "mean" else 1
+
+    def of_samples(elements: Tensor) -> list[float]:
+        sums = elements.flatten(2).sum(2).tolist()
+        return [each / size for of_member in sums for each in of_member]
+
+    diff = pred - target
+    if ref is None:
+        return [of_samples(diff.square_())]
+    elements = diff.square()
+    err = of_samples(elements)
+    moved = torch.sub(pred, ref, out=elements)
+    drift = [of_samples(moved.square())] if options.needs[0] else []
+    # (pred - ref) * (pred - target + ref - target)
+    gap = [2.0 * each for each in of_samples(diff.sub_(moved, alpha=0.5).mul_(moved))]
+    of_ref = [e - g for e, g in zip(err, gap, strict=True)]
+    if not all(r > 1e-2 * e for r, e in zip(of_ref, err, strict=True)):  # it cancelled, or is NaN
+        of_ref = of_samples((ref.to(dtype) - target).square_())
+    return [err, gap, of_ref, *drift]
