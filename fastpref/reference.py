@@ -40,6 +40,7 @@ from .sums import (
 )  # fmt: skip
 
 LARGE = 2**20  # elements; above it, a CPU takes one sample at a time
+SMALL = 2**17  # elements; up to it, pred - target waits for backward, and Python is most of a step
 FEW = 32  # pairs; up to it, a CPU works out the link in floats
 _on_cpu = functools.partial(torch.tensor, device=torch.device("cpu"))
 
@@ -82,8 +83,9 @@ class _ClosedForm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if batch.is_fp64 else torch.float32
         sides = sides_of(batch, options.huber_c)
+        diff = None
         if _in_floats(batch, options):
-            loss, ctx.factors, made = _link_in_floats(batch, options, sides, dtype)
+            loss, ctx.factors, made, diff = _link_in_floats(batch, options, sides, dtype)
         else:
             kinds = of_members([_sums(side, options, dtype) for side in sides])
             cross = None
@@ -98,7 +100,7 @@ class _ClosedForm(torch.autograd.Function):
         ctx.rest, ctx.options = batch[4:], options
         # The constants are for autograd to see if somebody changes them.
         huber_t = options.huber_c if isinstance(options.huber_c, Tensor) else None
-        ctx.save_for_backward(huber_t, pred, pred_l, *batch.target, *batch.ref, *batch.mask)
+        ctx.save_for_backward(huber_t, diff, pred, pred_l, *batch.target, *batch.ref, *batch.mask)
         ctx.mark_non_differentiable(made)
         ctx.set_materialize_grads(False)
         return loss, made
@@ -110,9 +112,8 @@ class _ClosedForm(torch.autograd.Function):
         if grad_loss._is_zerotensor():  # it has no memory
             grad_loss = grad_loss.clone()
         needed = ctx.needs_input_grad[:2]
-        saved = ctx.saved_tensors[1:]
+        _, diff, *saved = ctx.saved_tensors
         batch = Batch(saved[:2], saved[2:4], saved[4:6], saved[6:], *ctx.rest)
-        factors = ctx.factors
         with no_autocast(batch.device):
             if (
                 torch.is_grad_enabled()  # create_graph=True
@@ -120,12 +121,13 @@ class _ClosedForm(torch.autograd.Function):
                 or transformed()
             ):
                 grads = _again(batch, ctx.options, grad_loss, needed)
+            elif diff is not None and readable(grad_loss):
+                grads = [_of_small(diff, saved[0], ctx.options, ctx.factors, grad_loss), None]
             else:
+                factors = ctx.factors
                 if isinstance(factors, list):
-                    factors = _times_gradient(factors, grad_loss, batch)
-                else:
-                    factors = factors * grad_loss
-                grads = _closed_form(batch, ctx.options, factors, needed)
+                    factors = grad_loss.new_tensor(factors).view(1, 2, -1)
+                grads = _closed_form(batch, ctx.options, factors * grad_loss, needed)
         return *grads, None, None
 
 
@@ -138,14 +140,15 @@ def _in_floats(batch: Batch, options: Options) -> bool:
 
 def _link_in_floats(
     batch: Batch, options: Options, sides: Sequence[Side], dtype: torch.dtype
-) -> tuple[Tensor, list[float], Tensor]:
-    """(loss, factors of the first members and then of the second, stats)"""
-    of_sides = [
-        _plain_sums(side, options, dtype) if _is_plain(side)
-        else [kind.flatten().tolist() for kind in _sums(side, options, dtype)]
-        for side in sides
-    ]  # fmt: skip
-    kinds = of_sides[0] if len(sides) == 1 else [w + l for w, l in zip(*of_sides, strict=True)]
+) -> tuple[Tensor, list[float], Tensor, Tensor | None]:
+    """(loss, factors of the first members and then of the second, stats, and of small tensors
+    pred - target)"""
+    diff = None
+    if len(sides) == 1 and _is_plain(sides[0]):
+        kinds, diff = _plain_sums(sides[0], options, dtype)
+    else:
+        sums = of_members([_sums(side, options, dtype) for side in sides])
+        kinds = [kind.flatten().tolist() for kind in sums]
     errors, gaps = kinds[0], kinds[1 if len(kinds) > 1 else 0]
     n = batch.n_groups
     scalars = [_per_pair(scalar, n) for scalar in options.scalars]
@@ -165,7 +168,8 @@ def _link_in_floats(
     slopes = (*slope_l, *slope_w) if batch.swap else (*slope_w, *slope_l)
     loss = losses if options.reduction == "none" else sum(losses) * share
     stats = _on_cpu([*itertools.chain(*kinds, margin)], dtype=dtype)
-    return _on_cpu(loss, dtype=dtype), [share * slope for slope in slopes], stats.view(-1, n)
+    factors = [share * slope for slope in slopes]
+    return _on_cpu(loss, dtype=dtype), factors, stats.view(-1, n), diff
 
 
 def _per_pair(scalar: Scalar, n_pairs: int) -> list[float]:
@@ -174,34 +178,39 @@ def _per_pair(scalar: Scalar, n_pairs: int) -> list[float]:
     return [float(scalar)] * n_pairs
 
 
-def _times_gradient(factors: list[float], grad_loss: Tensor, batch: Batch) -> Tensor | list[float]:
-    """`_link_in_floats`'s factors as `_closed_form` takes them."""
-    if batch.mask[0] is not None or not readable(grad_loss):
-        return grad_loss.new_tensor(factors).view(1, 2, -1) * grad_loss
+def _of_small(
+    diff: Tensor, pred: Tensor, options: Options, factors: list[float], grad_loss: Tensor
+) -> Tensor:
+    """The gradient as `_closed_form` has it, of (members, B, elements) differences."""
+    scale = 2.0 / diff.shape[2] if options.error_reduction == "mean" else 2.0
     of_loss = grad_loss.tolist()
-    of_pairs = of_loss if grad_loss.dim() else [of_loss] * batch.n_groups
-    return [factor * grad for factor, grad in zip(factors, of_pairs * 2, strict=True)]
+    of_pairs = of_loss if grad_loss.dim() else [of_loss] * diff.shape[1]
+    each = [scale * factor * grad for factor, grad in zip(factors, of_pairs * 2, strict=True)]
+    factor = _on_cpu(each, dtype=diff.dtype)
+    some_0 = 0.0 in factor.tolist()
+    factor = factor.view(2, -1, 1)
+    made = diff * factor
+    if some_0:
+        made.masked_fill_(factor == 0, 0.0)
+    return made.view(pred.shape).to(pred.dtype)
 
 
 def _closed_form(
-    batch: Batch, options: Options, factors: Tensor | list[float], needed: tuple[bool, bool]
+    batch: Batch, options: Options, factors: Tensor, needed: tuple[bool, bool]
 ) -> list[Tensor | None]:
     """grad = factor * 2 / size * (pred - target), and with drift that by pred - ref, in the dtype
     and layout of pred.
 
-    factors: (directions, members, B), slopes times the gradient of the loss, or, of one direction
-    and without masks, a list of these. 0 makes a gradient 0, whatever the elements.
+    factors: (directions, members, B), slopes times the gradient of the loss. 0 makes a gradient 0,
+    whatever the elements.
     """
     grads = [
         torch.empty_like(t) if need and t is not None else None
         for t, need in zip(batch.pred, needed, strict=True)
     ]
-    if isinstance(factors, list):  # nothing goes along pred - ref
-        batch = batch._replace(ref=(None, None))
     sides = sides_of(batch, options.huber_c)
     whole = batch.pred[1] is None
     n = batch.n_groups
-    scale = 1.0 if options.huber_c is not None else 2.0
     for i, side in enumerate(sides):
         grad = grads[0] if whole else grads[i]
         if grad is None:
@@ -209,24 +218,16 @@ def _closed_form(
         if whole and len(sides) == 2:
             grad = grad[i * n : (i + 1) * n]
         rows = grad.view(side.pred.shape) if not batch.listed else _listed(grad, side.pred, n)
-        drift: Sequence[Tensor] = ()
-        if isinstance(factors, list):
-            of_side = factors if len(sides) == 1 else factors[i * n : (i + 1) * n]
-            size = rows.numel() // len(of_side) if options.error_reduction == "mean" else 1
-            dtype = torch.float64 if batch.is_fp64 else torch.float32
-            factor = _on_cpu([scale / size * each for each in of_side], dtype=dtype)
-            may_be_0 = 0.0 in factor.tolist()
-            factor = factor.view(-1, n, *(1,) * (rows.dim() - 2))
-        else:
-            first, *drift = factors if len(sides) == 1 else factors[:, i : i + 1]
-            factor = broadcast(_scaled(first, side, options, scale), rows)
-            may_be_0 = _may_be_0(factor)
-        if side.mask is None and options.huber_c is None and not drift:
+        first, *drift = factors if len(sides) == 1 else factors[:, i : i + 1]
+        factor = _scaled(first, side, options, 1.0 if options.huber_c is not None else 2.0)
+        factor = broadcast(factor, rows)
+        plain = side.mask is None and options.huber_c is None
+        if plain and not drift:
             if grad.dtype == factor.dtype:
                 made = torch.sub(side.pred, side.target, out=rows).mul_(factor)
             else:
                 made = side.pred.to(factor.dtype).sub_(side.target).mul_(factor)
-            if may_be_0:
+            if _may_be_0(factor):
                 made.masked_fill_(factor == 0, 0.0)
             if made is not rows:
                 rows.copy_(made)
@@ -292,7 +293,7 @@ def _sums(side: Side, options: Options, dtype: torch.dtype) -> list[Tensor]:
     On a CPU, large tensors a sample at a time: fresh memory costs more there than arithmetic."""
     shape = side.pred.shape[:2]
     if _is_plain(side):
-        kinds = _plain_sums(side, options, dtype)
+        kinds, _ = _plain_sums(side, options, dtype)
         return [_on_cpu(kind, dtype=dtype).view(shape) for kind in kinds]
     if _is_large(side):
         each = [_sums(sample, options, dtype) for sample in samples(side)]
@@ -326,9 +327,11 @@ def _is_plain(side: Side) -> bool:
     return plain and (side.ref is None or side.ref.dim() > 2) and not _is_large(side)
 
 
-def _plain_sums(side: Side, options: Options, dtype: torch.dtype) -> list[list[float]]:
-    """`_sums` on a CPU, S * B numbers of each kind, with few passes over the memory: numbers cost
-    less there than tensors of them."""
+def _plain_sums(
+    side: Side, options: Options, dtype: torch.dtype
+) -> tuple[list[list[float]], Tensor | None]:
+    """`_sums` on a CPU, S * B numbers of each kind, with few passes over the memory; and of small
+    tensors pred - target."""
     pred, target, ref = side.pred.to(dtype), side.target, side.ref
     size = pred.shape[2:].numel() if options.error_reduction == "mean" else 1
 
@@ -337,15 +340,18 @@ def _plain_sums(side: Side, options: Options, dtype: torch.dtype) -> list[list[f
         return [each / size for of_member in sums for each in of_member]
 
     diff = pred - target
+    kept = diff if pred.numel() <= SMALL and pred.dim() == 3 and pred.is_contiguous() else None
+    free = diff if kept is None else None  # to be written over
     if ref is None:
-        return [of_samples(diff.square_())]
+        return [of_samples(torch.square(diff, out=free))], kept
     elements = diff.square()
     err = of_samples(elements)
     moved = torch.sub(pred, ref, out=elements)
     drift = [of_samples(moved.square())] if options.needs[0] else []
     # (pred - ref) * (pred - target + ref - target)
-    gap = [2.0 * each for each in of_samples(diff.sub_(moved, alpha=0.5).mul_(moved))]
+    gap = of_samples(torch.sub(diff, moved, alpha=0.5, out=free).mul_(moved))
+    gap = [2.0 * each for each in gap]
     of_ref = [e - g for e, g in zip(err, gap, strict=True)]
     if not all(r > 1e-2 * e for r, e in zip(of_ref, err, strict=True)):  # it cancelled, or is NaN
         of_ref = of_samples((ref.to(dtype) - target).square_())
-    return [err, gap, of_ref, *drift]
+    return [err, gap, of_ref, *drift], kept
