@@ -144,8 +144,10 @@ def _link_in_floats(
     """(loss, factors of the first members and then of the second, stats, and of small tensors
     pred - target)"""
     diff = None
-    if len(sides) == 1 and _is_plain(sides[0]):
-        kinds, diff = _plain_sums(sides[0], options, dtype)
+    if all(map(_is_plain, sides)):
+        (kinds, diff), *second = [_plain_sums(side, options, dtype) for side in sides]
+        for others, _ in second:
+            kinds, diff = [w + l for w, l in zip(kinds, others, strict=True)], None
     else:
         sums = of_members([_sums(side, options, dtype) for side in sides])
         kinds = [kind.flatten().tolist() for kind in sums]
