@@ -5,6 +5,7 @@ differentiable operations instead."""
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,11 +38,12 @@ from .sums import (
     sides_of,
     squares,
     stats_of,
-    swapped,
 )  # fmt: skip
 
 LARGE = 2**20  # elements; above it, a CPU takes one sample at a time
+SMALL = 2**17  # elements; up to it, pred - target waits for backward, and Python is most of a step
 FEW = 32  # pairs; up to it, a CPU works out the link in floats
+_on_cpu = functools.partial(torch.tensor, device=torch.device("cpu"))
 
 
 def loss_of(batch: Batch, options: Options) -> tuple[Tensor, Tensor]:
@@ -87,27 +89,26 @@ class _ClosedForm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if batch.is_fp64 else torch.float32
         sides = sides_of(batch, options)
-        kinds = of_members([_sums(side, options, dtype) for side in sides])
-        cross = None
-        if options.needs[1]:
-            cross = cross_of(sides, options.error_reduction, dtype, batch.swap)
+        diff = None
         if _in_floats(batch, options):
-            loss, factors, margin = _link_in_floats(batch, options, kinds)
-            scores: Sequence[Tensor] = (margin,)
+            loss, ctx.factors, made, diff = _link_in_floats(batch, options, sides, dtype)
         else:
+            kinds = of_members([_sums(side, options, dtype) for side in sides])
+            cross = None
+            if options.needs[1]:
+                cross = cross_of(sides, options.error_reduction, dtype, batch.swap)
             losses, slopes, scores = linked(batch, options, kinds, cross)
             loss, shares = reduced(losses, options), shares_of(losses, options)
             none = torch.zeros_like(losses)
             factors = torch.stack([torch.stack([none + s for s in each]) for each in slopes])
-            factors = torch.where(factors == 0.0, 0.0, factors * shares)
-        made = stats_of(kinds, cross, scores)
-        ctx.factors, ctx.options = factors, options
+            ctx.factors = torch.where(factors == 0.0, 0.0, factors * shares)
+            made = stats_of(kinds, cross, scores)
         absent: dict[str, Any] = dict.fromkeys(_OPERANDS, (None, None))
-        ctx.batch = batch._replace(**absent)  # autograd saves those
+        ctx.batch, ctx.options = batch._replace(**absent), options  # autograd saves those
         # The constants are for autograd to see if somebody changes them.
         huber_t = options.huber_c if isinstance(options.huber_c, Tensor) else None
         of_batch = [t for name in _OPERANDS[1:] for t in getattr(batch, name)]
-        ctx.save_for_backward(huber_t, pred, pred_l, *of_batch)
+        ctx.save_for_backward(huber_t, diff, pred, pred_l, *of_batch)
         ctx.mark_non_differentiable(made)
         ctx.set_materialize_grads(False)
         return loss, made
@@ -119,7 +120,7 @@ class _ClosedForm(torch.autograd.Function):
         if grad_loss._is_zerotensor():  # it has no memory
             grad_loss = grad_loss.clone()
         needed = ctx.needs_input_grad[:2]
-        saved = ctx.saved_tensors[1:]
+        _, diff, *saved = ctx.saved_tensors
         pairs = zip(saved[::2], saved[1::2], strict=True)
         batch = ctx.batch._replace(**dict(zip(_OPERANDS, pairs, strict=True)))
         with no_autocast(batch.device):
@@ -129,8 +130,13 @@ class _ClosedForm(torch.autograd.Function):
                 or transformed()
             ):
                 grads = _again(batch, ctx.options, grad_loss, needed)
+            elif diff is not None and readable(grad_loss):
+                grads = [_of_small(diff, saved[0], ctx.options, ctx.factors, grad_loss), None]
             else:
-                grads = _closed_form(batch, ctx.options, ctx.factors * grad_loss, needed)
+                factors = ctx.factors
+                if isinstance(factors, list):
+                    factors = grad_loss.new_tensor(factors).view(1, 2, -1)
+                grads = _closed_form(batch, ctx.options, factors * grad_loss, needed)
         return *grads, None, None
 
 
@@ -142,35 +148,62 @@ def _in_floats(batch: Batch, options: Options) -> bool:
 
 
 def _link_in_floats(
-    batch: Batch, options: Options, kinds: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, factors, margin)"""
-    errors = swapped(kinds[0], batch.swap)
-    (err_w, err_l), (gap_w, gap_l) = errors.tolist(), errors.tolist()
-    if len(kinds) > 1:
-        gap_w, gap_l = swapped(kinds[1], batch.swap).tolist()
-    n_pairs = len(err_w)
-    scalars = [_per_pair(scalar, n_pairs) for scalar in options.scalars]
+    batch: Batch, options: Options, sides: Sequence[Side], dtype: torch.dtype
+) -> tuple[Tensor, list[float], Tensor, Tensor | None]:
+    """(loss, factors of the first members and then of the second, stats, and of small tensors
+    pred - target)"""
+    diff = None
+    if all(map(_is_plain, sides)):
+        (kinds, diff), *second = [_plain_sums(side, options, dtype) for side in sides]
+        for others, _ in second:
+            kinds, diff = [w + l for w, l in zip(kinds, others, strict=True)], None
+    else:
+        sums = of_members([_sums(side, options, dtype) for side in sides])
+        kinds = [kind.flatten().tolist() for kind in sums]
+    errors, gaps = kinds[0], kinds[1 if len(kinds) > 1 else 0]
+    n = batch.n_groups
+    scalars = [_per_pair(scalar, n) for scalar in options.scalars]
+    w, l = (n, 0) if batch.swap else (0, n)  # where winners and losers begin
     assert isinstance(options.link, Link)
     made = [
         pair_losses(
-            options.link, (err_w[i], err_l[i]), (gap_w[i], gap_l[i]), [s[i] for s in scalars]
+            options.link,
+            (errors[w + i], errors[l + i]),
+            (gaps[w + i], gaps[l + i]),
+            [s[i] for s in scalars],
         )
-        for i in range(n_pairs)
+        for i in range(n)
     ]
-    loss, slope_w, slope_l, margin = zip(*made, strict=True)
-    new = functools.partial(torch.tensor, dtype=errors.dtype, device=errors.device)
-    share = 1.0 / n_pairs if options.reduction == "mean" else 1.0
-    each = (slope_l, slope_w) if batch.swap else (slope_w, slope_l)
-    rows = new([*([share * slope for slope in slopes] for slopes in each), margin])
-    total = new(loss if options.reduction == "none" else sum(loss) * share)
-    return total, rows[None, :2], rows[2]
+    losses, slope_w, slope_l, margin = zip(*made, strict=True)
+    share = 1.0 / n if options.reduction == "mean" else 1.0
+    slopes = (*slope_l, *slope_w) if batch.swap else (*slope_w, *slope_l)
+    loss = losses if options.reduction == "none" else sum(losses) * share
+    stats = _on_cpu([*itertools.chain(*kinds, margin)], dtype=dtype)
+    factors = [share * slope for slope in slopes]
+    return _on_cpu(loss, dtype=dtype), factors, stats.view(-1, n), diff
 
 
 def _per_pair(scalar: Scalar, n_pairs: int) -> list[float]:
     if isinstance(scalar, Tensor) and scalar.dim():
         return scalar.tolist()
     return [float(scalar)] * n_pairs
+
+
+def _of_small(
+    diff: Tensor, pred: Tensor, options: Options, factors: list[float], grad_loss: Tensor
+) -> Tensor:
+    """The gradient as `_closed_form` has it, of (members, B, elements) differences."""
+    scale = 2.0 / diff.shape[2] if options.error_reduction == "mean" else 2.0
+    of_loss = grad_loss.tolist()
+    of_pairs = of_loss if grad_loss.dim() else [of_loss] * diff.shape[1]
+    each = [scale * factor * grad for factor, grad in zip(factors, of_pairs * 2, strict=True)]
+    factor = _on_cpu(each, dtype=diff.dtype)
+    some_0 = 0.0 in factor.tolist()
+    factor = factor.view(2, -1, 1)
+    made = diff * factor
+    if some_0:
+        made.masked_fill_(factor == 0, 0.0)
+    return made.view(pred.shape).to(pred.dtype)
 
 
 def _closed_form(
@@ -200,15 +233,21 @@ def _closed_form(
             rows = torch.empty(side.pred.shape, dtype=factors.dtype, device=grad.device)
         else:
             rows = grad.view(side.pred.shape) if not batch.listed else _listed(grad, side.pred, n)
+        made.append(rows)
         first, *others = factors if len(sides) == 1 else factors[:, i : i + 1]
         factor = _scaled(first, side, options, 1.0 if options.huber_c is not None else 2.0)
         factor = broadcast(factor, rows)
         plain = side.mask is None and options.huber_c is None
-        if plain and side.pred.dtype == factor.dtype and not others:
-            torch.sub(side.pred, side.target, out=rows).mul_(factor)
+        if plain and not others:
+            if rows.dtype == factor.dtype:
+                off = torch.sub(side.pred.to(factor.dtype), side.target, out=rows)
+            else:
+                off = side.pred.to(factor.dtype).sub_(side.target)
+            off.mul_(factor)
             if _may_be_0(factor):
-                rows.masked_fill_(factor == 0, 0.0)
-            made.append(rows)
+                off.masked_fill_(factor == 0, 0.0)
+            if off is not rows:
+                rows.copy_(off)
             continue
         cast = cast_side(side, factor.dtype)
         diff = _off(cast.pred, cast.target, side.mask)
@@ -221,7 +260,7 @@ def _closed_form(
             factor = broadcast(_scaled(slopes, side, options, 2.0), rows)
             moved = _off(cast.pred, other, side.mask)
             total = total + _product(factor, moved if side.mask is None else side.mask * moved)
-        made.append(rows.copy_(total))
+        rows.copy_(total)
     if batch.shares_pred and grads[0] is not None:
         grads[0].copy_(torch.cat(made).sum(0).view(grads[0].shape))
     return grads
@@ -272,8 +311,11 @@ def _again(
 def _sums(side: Side, options: Options, dtype: torch.dtype) -> list[Tensor]:
     """(S, B) of each kind of sums, in the kernels' order. On a CPU, large tensors a sample at a
     time: fresh memory costs more there than arithmetic."""
-    shape, on_cpu = side.pred.shape[:2], side.pred.device.type == "cpu"
-    if side.pred.numel() > LARGE and on_cpu and shape.numel() > 1:
+    shape = side.pred.shape[:2]
+    if _is_plain(side):
+        kinds, _ = _plain_sums(side, options, dtype)
+        return [_on_cpu(kind, dtype=dtype).view(shape) for kind in kinds]
+    if _is_large(side):
         each = [_sums(sample, options, dtype) for sample in samples(side)]
         return [torch.cat(kind).view(shape) for kind in zip(*each, strict=True)]
     pred, target, ref, mask, huber_c, mix, anchor = cast_side(side, dtype)
@@ -281,35 +323,62 @@ def _sums(side: Side, options: Options, dtype: torch.dtype) -> list[Tensor]:
     def of_samples(elements: Tensor) -> Tensor:
         return per_sample(elements, side, options.error_reduction)
 
-    plain = huber_c is None
     of_anchor = [] if anchor is None else [of_samples(_off(pred, anchor, mask).square_())]
     diff = _off(pred, target, mask)
     if ref is None:
-        return [of_samples(diff.square_() if plain else squares(diff, huber_c)), *of_anchor]
-    elements = squares(diff, huber_c)
-    err = of_samples(elements)
+        err = of_samples(diff.square_() if huber_c is None else squares(diff, huber_c))
+        return [err, *of_anchor]
+    err = of_samples(squares(diff, huber_c))
     if ref.dim() == 2:
         return [err, err - ref, ref, *of_anchor]
-    rest = []
-    if options.needs[0]:
-        rest.append(of_samples(_off(pred, ref, mask).square_()))
-    if mix is not None:
-        rest += map(of_samples, mixed(_off(ref, target, mask), _off(pred, ref, mask), mix))
-    rest += of_anchor
-    if plain and on_cpu and mask is None:
-        # (pred - ref) * (pred - target + ref - target), with fewer passes over the memory
-        moved = torch.sub(pred, ref, out=elements)
-        gap = 2.0 * of_samples(diff.sub_(moved, alpha=0.5).mul_(moved))
-        of_ref = err - gap
-        if not _far_from_cancelling(of_ref, err):
-            of_ref = of_samples((ref - target).square_())
-        return [err, gap, of_ref, *rest]
     moved = _off(pred, ref, mask)
     diff_ref = _off(ref, target, mask)
-    of_ref = of_samples(squares(diff_ref, huber_c))
-    return [err, of_samples(gaps(moved, diff, diff_ref, huber_c)), of_ref, *rest]
+    gap = of_samples(gaps(moved, diff, diff_ref, huber_c))
+    found = [err, gap, of_samples(squares(diff_ref, huber_c))]
+    if options.needs[0]:
+        found.append(of_samples(moved.square()))
+    if mix is not None:
+        found += map(of_samples, mixed(diff_ref, moved, mix))
+    return found + of_anchor
 
 
-def _far_from_cancelling(difference: Tensor, of: Tensor) -> bool:
-    numbers = zip(difference.flatten().tolist(), of.flatten().tolist(), strict=True)
-    return all(d > 1e-2 * o for d, o in numbers)
+def _is_large(side: Side) -> bool:
+    pred = side.pred
+    return pred.numel() > LARGE and pred.device.type == "cpu" and pred.shape[:2].numel() > 1
+
+
+def _is_plain(side: Side) -> bool:
+    """Whether its sums are `_plain_sums`."""
+    plain = side.mask is None and side.huber_c is None and side.pred.device.type == "cpu"
+    plain = plain and side.mix is None and side.anchor is None
+    return plain and (side.ref is None or side.ref.dim() > 2) and not _is_large(side)
+
+
+def _plain_sums(
+    side: Side, options: Options, dtype: torch.dtype
+) -> tuple[list[list[float]], Tensor | None]:
+    """`_sums` on a CPU, S * B numbers of each kind, with few passes over the memory; and of small
+    tensors pred - target."""
+    pred, target, ref = side.pred.to(dtype), side.target, side.ref
+    size = pred.shape[2:].numel() if options.error_reduction == "mean" else 1
+
+    def of_samples(elements: Tensor) -> list[float]:
+        sums = elements.flatten(2).sum(2).tolist()
+        return [each / size for of_member in sums for each in of_member]
+
+    diff = pred - target
+    kept = diff if pred.numel() <= SMALL and pred.dim() == 3 and pred.is_contiguous() else None
+    free = diff if kept is None else None  # to be written over
+    if ref is None:
+        return [of_samples(torch.square(diff, out=free))], kept
+    elements = diff.square()
+    err = of_samples(elements)
+    moved = torch.sub(pred, ref, out=elements)
+    drift = [of_samples(moved.square())] if options.needs[0] else []
+    # (pred - ref) * (pred - target + ref - target)
+    gap = of_samples(torch.sub(diff, moved, alpha=0.5, out=free).mul_(moved))
+    gap = [2.0 * each for each in gap]
+    of_ref = [e - g for e, g in zip(err, gap, strict=True)]
+    if not all(r > 1e-2 * e for r, e in zip(of_ref, err, strict=True)):  # it cancelled, or is NaN
+        of_ref = of_samples((ref.to(dtype) - target).square_())
+    return [err, gap, of_ref, *drift], kept
