@@ -932,3 +932,529 @@ def test_steps_without_noise_add_exactly_0(
     assert (grad[rest] == 0).all()
     assert loss.isfinite()
     assert grad.isfinite().all()
+
+
+# DiffusionNFT -------------------------------------------------------------------------------------
+
+REWARD = torch.tensor([0.9, 0.2, 0.5, 0.0, 1.0])
+TIME = torch.tensor([0.3, 0.9, 1.0, 0.05, 0.6])
+NFT: dict[str, dict[str, Any]] = {
+    "nft": {"reward": REWARD, "t": TIME},
+    "nft_beta": {"reward": REWARD, "t": TIME, "beta": 0.1},
+    "nft_kl": {"reward": REWARD, "t": TIME, "beta": 0.5, "kl_weight": 0.03},
+    "nft_plain": {"reward": REWARD, "t": TIME, "beta": 0.3, "adaptive": False},
+    "nft_plain_kl": {"reward": REWARD, "adaptive": False, "kl_weight": 0.5},
+    "nft_each": {"reward": REWARD, "beta": torch.tensor([0.1, 1.0, 0.5, 2.0, 0.01])},
+}
+
+
+class Velocities(NamedTuple):
+    pred: Tensor
+    target: Tensor
+    old: Tensor
+    ref: Tensor | None
+    mask: Tensor | None = None
+
+
+def velocities(
+    name: str, device: torch.device, drift: float = 0.1, dtypes: Any = (FP32, FP32, FP32),
+    sample: tuple[int, ...] = SAMPLE,
+) -> Velocities:  # fmt: skip
+    generator = torch.Generator().manual_seed(2)
+    target, off, moved, other = torch.randn(4, SINGLES, *sample, generator=generator)
+    old = (target + 0.5 * off).to(device, dtypes[2])
+    pred = (old.cpu().float() + drift * moved).to(device, dtypes[0])
+    ref = (pred.cpu().float() + 0.1 * other).to(device, dtypes[2]) if "kl" in name else None
+    return Velocities(pred, target.to(device, dtypes[1]), old, ref)
+
+
+def call_nft(
+    name: str, given: Velocities, impl: str, setting: Setting = Setting(), **more: Any
+) -> Called:
+    pred = given.pred.detach().requires_grad_()
+    options: dict[str, Any] = {"ref_pred": given.ref, "reduction": setting.reduction}
+    if given.mask is not None:
+        options["mask"] = given.mask
+    options |= on(pred.device, NFT[name]) | more
+    out = fastpref.nft_loss(
+        pred, given.target, given.old, sample_weight=setting.weight, impl=impl, **options
+    )
+    return Called(out, torch.autograd.grad(out.loss.sum(), pred)[0])
+
+
+def truth_nft(name: str, given: Velocities, setting: Setting = Setting()) -> dict[str, Truth]:
+    """Nudged are what the sums of each sample are summed from."""
+
+    def whole(t: Tensor) -> Tensor:
+        return t.double().cpu().flatten(1)
+
+    target, old = whole(given.target), whole(given.old)
+    ref = None if given.ref is None else whole(given.ref)
+    mask = None
+    if given.mask is not None:
+        mask = whole(given.mask.double().expand(given.pred.shape))
+    x0 = torch.randn(old.shape, dtype=FP64)
+    numbers = {"t": torch.ones(SINGLES), **NFT[name]}
+    numbers = {k: v.double() if isinstance(v, Tensor) else v for k, v in numbers.items()}
+    of_elements = dict(numbers)
+    if isinstance(of_elements.get("beta"), Tensor):
+        of_elements["beta"] = of_elements["beta"][:, None]
+
+    def evaluate(pred: Tensor, nudges: Tensor) -> dict[str, Tensor]:
+        p = whole(pred)
+        found = oracles.Forward(*(
+            torch.stack(column) if column[0] is not None else None
+            for column in zip(*(of_one(p, i) for i in range(SINGLES)), strict=True)
+        ))  # fmt: skip
+        of_sample = torch.as_tensor(setting.weight).double().cpu()
+        d, sized = p.detach() - old, found.losses.detach()
+        beta, t = torch.as_tensor(numbers.get("beta", 1.0)), numbers["t"]
+        scale = t.square()
+        if NFT[name].get("adaptive", True):
+            off = (old - target).abs() - beta.view(-1, 1) * d.abs()
+            scale = t / oracles.mean(off.abs(), mask).clamp(min=1e-5)
+        gap = oracles.mean(d.abs() * ((p.detach() - target).abs() + (old - target).abs()), mask)
+        sized = sized.abs() + 5 * scale * (gap + (1 + beta) * oracles.mean(d**2, mask))
+        losses = found.losses + nudges[:SINGLES] * sized
+        rest = {**found._asdict(), "drops": found.drops + nudges[SINGLES:] * gap}
+        rest["margin"] = (1 - 2 * numbers["reward"]) * rest["drops"]
+        del rest["losses"]
+        loss = reduced(of_sample * losses, setting.reduction)
+        return {"loss": loss, **{k: v for k, v in rest.items() if v is not None}}
+
+    def of_one(p: Tensor, i: int) -> oracles.Forward:
+        own = {k: v[i] if isinstance(v, Tensor) and v.dim() else v for k, v in numbers.items()}
+        own["t"] = own["t"].view(1)
+        rows = [None if t is None else t[i : i + 1] for t in (p, target, old, ref, x0, mask)]
+        found = oracles.nft(*rows[:5], **own, mask=rows[5])
+        return oracles.Forward(*(None if f is None else f[0] for f in found))
+
+    return oracles.truths(evaluate, given.pred, 2 * SINGLES)
+
+
+def check_nft(name: str, given: Velocities, setting: Setting = Setting()) -> None:
+    wanted = truth_nft(name, given, setting)
+    plain, fused = (call_nft(name, given, impl, setting) for impl in ("torch", "triton"))
+    assert isinstance(plain.out, fastpref.ForwardOutput)
+    for key, exact in wanted.items():
+        eager, got = (each.grad if key == "grad" else getattr(each.out, key)
+                      for each in (plain, fused))  # fmt: skip
+        assert eager.shape == got.shape == exact.value.reshape(eager.shape).shape
+        exact = Truth(*(each.reshape(eager.shape) for each in exact))
+        assert_three_way(key, got, eager, exact)
+    assert (plain.out.kl is None) == (fused.out.kl is None) == ("kl" not in name)
+
+
+@pytest.mark.parametrize(
+    ("name", "drift"), [*((name, 0.1) for name in NFT), ("nft", 1.0), ("nft_kl", 1e-4)]
+)
+def test_nft_is_its_formula(name: str, drift: float, device: torch.device) -> None:
+    check_nft(name, velocities(name, device, drift))
+
+
+@pytest.mark.parametrize("name", ["nft_beta", "nft_kl"])
+@pytest.mark.parametrize("dtypes", DTYPES[::2], ids=lambda d: "-".join(str(t)[6:] for t in d))
+def test_nft_in_any_dtype(name: str, dtypes: Any, device: torch.device) -> None:
+    check_nft(name, velocities(name, device, dtypes=dtypes))
+
+
+@pytest.mark.parametrize("sample", [(1,), (1025,), (2, 3, 4, 5)], ids=str)
+def test_nft_in_any_shape(sample: tuple[int, ...], device: torch.device) -> None:
+    check_nft("nft_kl", velocities("nft_kl", device, sample=sample))
+
+
+@pytest.mark.parametrize("setting", ["none", "sum", "weights"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_nft_with_knobs(setting: str, masked: bool, device: torch.device) -> None:
+    how = SETTINGS[setting]
+    if callable(how.weight):
+        how = how._replace(weight=weights(SINGLE["flow_grpo"]).to(device))
+    given = velocities("nft_kl", device)
+    check_nft("nft_kl", given._replace(mask=hiding(SINGLES, device) if masked else None), how)
+
+
+@each_impl
+def test_nft_of_the_old_policy_itself(impl: str, device: torch.device) -> None:
+    """The gradient is 10 t^2 (2 reward - 1) q / (w N), an advantage-weighted matching step."""
+    for name in ("nft", "nft_beta"):
+        given = velocities(name, device, drift=0.0)
+        got = call_nft(name, given, impl)
+        assert not got.out.drops.any()
+        assert not got.out.drifts.any()
+        assert not got.out.margin.any()
+        assert torch.equal(got.out.errors, got.out.old_errors)
+        q = given.old - given.target
+        t, reward = TIME.to(device).view(-1, 1, 1, 1), REWARD.to(device).view(-1, 1, 1, 1)
+        w = t * q.abs().mean((1, 2, 3), keepdim=True)
+        wanted = 10 * t**2 * (2 * reward - 1) * q / (w * q[0].numel()) / SINGLES
+        torch.testing.assert_close(got.grad, wanted, rtol=1e-5, atol=1e-9)
+
+
+@each_impl
+def test_nft_of_predictions_at_the_target(impl: str, device: torch.device) -> None:
+    """Whose weights are at their least, 1e-5."""
+    given = velocities("nft", device, drift=0.0)
+    given = given._replace(pred=given.target.clone(), old=given.target.clone())
+    got = call_nft("nft", given, impl)
+    assert got.out.loss == 0
+    assert not got.grad.any()
+
+
+@each_impl
+def test_nft_leaves_out_what_has_no_weight(impl: str, device: torch.device) -> None:
+    given = velocities("nft_kl", device)
+    weight = weights(SINGLE["flow_grpo"]).to(device)
+    spoiled = Velocities(*(None if t is None else t.clone() for t in given))
+    for t in spoiled[:4]:
+        t[1] = math.nan
+    clean, got = (call_nft("nft_kl", g, impl, Setting(weight=weight)) for g in (given, spoiled))
+    assert torch.equal(got.out.loss, clean.out.loss)
+    assert torch.equal(got.grad, clean.grad)
+    mask = hiding(SINGLES, device, SAMPLE[0]) > 0.4
+    spoiled = Velocities(*(None if t is None else torch.where(mask, t, math.nan) for t in given))
+    clean, got = (call_nft("nft_kl", g._replace(mask=mask), impl) for g in (given, spoiled))
+    assert torch.equal(got.out.loss, clean.out.loss)
+    assert torch.equal(got.grad, clean.grad)
+
+
+# The codes beside one another ---------------------------------------------------------------------
+
+
+@each_impl
+def test_guard_by_the_batchs_means_is_that_of_each_where_steps_are_equal(
+    impl: str, device: torch.device
+) -> None:
+    """verl-omni's; Flow-Factory's is dt times the same."""
+    case = SINGLE["guard_wide"]
+    equal = draw(case, device, numbers="all", drift=0.1)
+    got = call(case, equal, impl)
+    for loss, factor in ((oracles.grpo_guard, 1.0), (oracles.flow_factory_guard, 0.1)):
+        wanted = truth(case._replace(loss=loss), equal)
+        assert got.out.loss.item() * factor == pytest.approx(wanted["loss"].value, rel=1e-5)
+        for key in ("log_ratio", "grad"):
+            value = (got.grad * factor if key == "grad" else got.out.log_ratio).cpu().double()
+            exact = torch.as_tensor(wanted[key].value).view(value.shape)
+            torch.testing.assert_close(value, exact, rtol=1e-4, atol=1e-5 * exact.abs().max())
+    mixed = draw(case, device, drift=0.1)
+    of_batch = truth(case._replace(loss=oracles.grpo_guard), mixed)["loss"].value
+    assert call(case, mixed, impl).out.loss.item() != pytest.approx(of_batch, rel=0.01)
+
+
+@each_impl
+def test_two_rewards_are_two_losses(impl: str, device: torch.device) -> None:
+    """DanceGRPO's for HunyuanVideo: coefficients of the losses of visual and motion quality."""
+    given = draw(SINGLE["flow_grpo"], device)
+    total, wanted = 0.0, 0.0
+    for coefficient, advantage in ((0.7, ADVANTAGE), (0.3, -ADVANTAGE.flip(0))):
+        case = grpo(oracles.flow_grpo, advantage=advantage)
+        total += coefficient * call(case, given, impl).out.loss.item()
+        wanted += coefficient * float(truth(case, given)["loss"].value)
+    assert total == pytest.approx(wanted, rel=1e-6)
+
+
+@each_impl
+def test_importance_weights_reject_and_still_count(impl: str, device: torch.device) -> None:
+    """verl-omni's rollout_is_weights: of the losses after clipping, in a mean over all."""
+    case = SINGLE["flow_grpo"]
+    given = draw(case, device)
+    each = truth(case, given, Setting(reduction="none"))["loss"].value
+    weight = torch.tensor([0.0, 1.3, 1.0, 0.0, 2.0], device=device)
+    out = call(case, given, impl, Setting(weight=weight)).out
+    assert out.loss.item() == pytest.approx((weight.cpu().numpy() * each).mean(), rel=1e-6)
+
+
+@each_impl
+def test_labels_of_trajectories_are_winners_first(impl: str, device: torch.device) -> None:
+    """D3PO's and PSO's: +1 where the first one is better, -1 where the second."""
+    case = PAIRED["pso"]
+    given = draw(case, device, drift=0.5, sampler="euler_ancestral")
+    label = torch.tensor([1.0, -1.0, -1.0])
+    by_label = case._replace(loss=lambda *args, **more: oracles.step_dpo(*args, **more, label=label))
+    wanted = truth(by_label, given)
+    order = [i if l > 0 else i + PAIRS for i, l in enumerate(label)]
+    order += [(i + PAIRS) % (2 * PAIRS) for i in order]
+    moved = Given(*(None if t is None else t[order] for t in given[:4]), given.transition.select(order))
+    got = call(case, moved, impl)
+    assert got.out.loss.item() == pytest.approx(wanted["loss"].value, rel=1e-5)
+    back = torch.as_tensor(wanted["grad"].value)[order]
+    scale = back.abs().max().item()
+    torch.testing.assert_close(got.grad.cpu().double(), back, rtol=1e-4, atol=1e-6 * scale)
+
+
+@each_impl
+def test_one_prediction_of_a_pair_is_a_product_with_their_difference(
+    impl: str, device: torch.device
+) -> None:
+    """Without a clip: lr_w - lr_l = b / s^2 mean((x'_w - x'_l) (pred - ref))."""
+    case = PAIRED["tailor"]
+    given = draw(case, device, numbers="pair", drift=0.1)
+    out = call(case, given, impl).out
+    winner, loser = given.x_next.double().chunk(2)
+    moved = given.pred.double() - given.other.double()
+    product = ((winner - loser) * moved).flatten(1).mean(1)
+    b, std = (n.double() for n in (given.transition.b, given.transition.std))
+    wanted = 10.0 * b / std**2 * product
+    torch.testing.assert_close(out.margin.double(), wanted, rtol=1e-4, atol=1e-7)
+
+
+# Derivatives --------------------------------------------------------------------------------------
+
+
+ALL = (*ONE_EACH, "flow_grpo", "sdpo", "nft", "nft_kl")
+
+
+def loss_by_pred(
+    name: str, device: torch.device, dtype: torch.dtype = FP32, sample: tuple[int, ...] = (5, 7)
+) -> tuple[Callable[..., Any], Tensor]:
+    """(a function of the prediction and of impl to outputs, the prediction)"""
+    if name in NFT:
+        of_nft = velocities(name, device, dtypes=(dtype,) * 3, sample=sample)
+        options = on(device, NFT[name]) | {"ref_pred": of_nft.ref}
+        return (
+            lambda p, impl, **more: fastpref.nft_loss(
+                p, of_nft.target, of_nft.old, impl=impl, **{**options, **more}
+            ),
+            of_nft.pred,
+        )
+    case = CASES[name]
+    given = draw(case, device, drift=0.3, dtypes=(dtype,) * 3, sample=sample)
+    options = arguments(case, given)
+    function = getattr(fastpref, case.function)
+    return lambda p, impl, **more: function(p, **{**options, **more}, impl=impl), given.pred
+
+
+@pytest.mark.parametrize("name", [*ONE_EACH, "sdpo", "lpo", "nft_plain", "nft_plain_kl"])
+def test_derivatives_in_fp64(name: str) -> None:
+    loss_of, pred = loss_by_pred(name, CPU, FP64, (3,))
+    pred = pred.requires_grad_()
+
+    def loss(p: Tensor) -> Tensor:
+        return loss_of(p, "torch", reduction="none").loss
+
+    assert torch.autograd.gradcheck(loss, pred)
+    assert torch.autograd.gradgradcheck(loss, pred)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_transforms(name: str, device: torch.device) -> None:
+    """torch.func's gradient is the closed one, forward mode agrees, and a batch of predictions may
+    be mapped over."""
+    loss_of, pred = loss_by_pred(name, device)
+    for reduction in ("mean", "dro"):
+
+        def loss(p: Tensor, reduction: str = reduction) -> Tensor:
+            return loss_of(p, "torch", reduction=reduction).loss
+
+        leaf = pred.detach().requires_grad_()
+        value = loss(leaf)
+        (wanted,) = torch.autograd.grad(value, leaf, retain_graph=True)
+        close = {"rtol": 1e-4, "atol": 1e-6 * wanted.abs().max().item()}
+        grad, again = torch.func.grad_and_value(loss)(pred)
+        torch.testing.assert_close(again, value.detach(), rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(grad, wanted, **close)
+        (with_graph,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+        torch.testing.assert_close(with_graph.detach(), wanted, **close)
+    _, along = torch.func.jvp(loss, (pred,), (wanted,))
+    torch.testing.assert_close(along, wanted.square().sum(), rtol=1e-4, atol=0)
+    many = torch.stack([pred, 0.9 * pred])
+    each = torch.stack([loss(p) for p in many])
+    torch.testing.assert_close(torch.vmap(loss)(many), each, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(many)[0], wanted, **close)
+
+
+@each_impl
+@pytest.mark.parametrize("name", ["published", "guard", "dppo", "pso", "spo", "sdpo"])
+def test_the_loss_falls_along_its_gradient(name: str, impl: str, device: torch.device) -> None:
+    """By as much as the gradient says, measured by the published formula; and what had a positive
+    advantage, or won, becomes more likely."""
+    case = CASES[name]
+    given = draw(case, device, drift=0.003)
+    grad = call(case, given, impl).grad.double().cpu()
+    step = 1e-6 / grad.abs().max().item()
+    evaluate = formula(case, given)
+    pred, none = given.pred.double().cpu(), torch.zeros(2 * len(given.x_next) + case.anchored).double()
+    after, before = (evaluate(pred - side * step * grad, none) for side in (1, -1))
+    fall = (before["loss"] - after["loss"]).item()
+    assert fall == pytest.approx(2 * step * grad.square().sum().item(), rel=1e-3)
+    moved = (after["log_ratio"] - before["log_ratio"]).sign()
+    assert moved.any()
+    if case.pairs:
+        assert ((after["margin"] - before["margin"]) * (1 if name != "sdpo" else 1))[:2].gt(0).all()
+    else:
+        free = call(case, given, impl).out.clipped.cpu() == 0
+        assert torch.equal(moved[free], ADVANTAGE.sign().double()[free])
+
+
+@each_impl
+def test_nft_falls_along_its_gradient(impl: str, device: torch.device) -> None:
+    """Towards the target where the reward is high, away from it where it is low."""
+    given = velocities("nft_plain", device)
+    got = call_nft("nft_plain", given, impl)
+    step = 1e-3 / got.grad.abs().max()
+    after = call_nft("nft_plain", given._replace(pred=given.pred - step * got.grad), impl).out
+    fall = (got.out.loss - after.loss).item()
+    assert fall == pytest.approx((step * got.grad.square().sum()).item(), rel=0.01)
+    at_old = velocities("nft", device, drift=0.0)
+    grad = call_nft("nft", at_old, impl).grad
+    after = call_nft("nft", at_old._replace(pred=at_old.pred - 0.1 * grad), impl).out
+    assert torch.equal(after.drops.cpu().sign(), (1 - 2 * REWARD).sign())
+    assert (after.margin >= 0).all()
+
+
+@each_impl
+@pytest.mark.parametrize("name", ["published", "guard_kl", "dppo", "spo", "sdpo", "nft_kl"])
+def test_compile_fullgraph(name: str, impl: str, device: torch.device) -> None:
+    loss_of, pred = loss_by_pred(name, device)
+
+    def step(pred: Tensor) -> Any:
+        out = loss_of(pred * 1.0, impl)
+        return out.loss, out[1], out.metrics()
+
+    leaf = pred.detach().requires_grad_()
+    found = []
+    torch._dynamo.reset()
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        loss, first, metrics = function(leaf)
+        found.append((loss.detach(), first, metrics, torch.autograd.grad(loss, leaf)[0]))
+    scale = found[0][3].abs().max().item()
+    torch.testing.assert_close(found[1][:3], found[0][:3], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[1][3], found[0][3], rtol=1e-4, atol=1e-5 * scale)
+
+
+@each_impl
+@pytest.mark.parametrize("name", ["published", "spo"])
+def test_compile_with_dynamo_alone(name: str, impl: str, device: torch.device) -> None:
+    """And with a transition that is an argument."""
+    case = CASES[name]
+    given = draw(case, device, sample=(5, 7))
+    options = arguments(case, given)
+    transition = options.pop("transition")
+    function = getattr(fastpref, case.function)
+
+    def step(pred: Tensor, transition: Transition) -> Tensor:
+        return function(pred, **options, transition=transition, impl=impl).loss
+
+    leaf = given.pred.requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    wanted, got = (torch.autograd.grad(f(leaf, transition), leaf)[0] for f in (step, compiled))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6 * wanted.abs().max().item())
+
+
+# What a call costs, returns and refuses -----------------------------------------------------------
+
+
+@each_impl
+def test_autocast_changes_nothing(impl: str, device: torch.device) -> None:
+    for name in ("guard_kl", "spo", "nft_kl"):
+        loss_of, pred = loss_by_pred(name, device)
+        leaf = pred.detach().requires_grad_()
+        wanted = loss_of(leaf, impl)
+        (grad,) = torch.autograd.grad(wanted.loss, leaf)
+        with torch.autocast(device.type, torch.bfloat16):
+            got = loss_of(leaf, impl)
+            (other,) = torch.autograd.grad(got.loss, leaf)
+        assert torch.equal(grad, other)
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", [*ONE_EACH, "guard", "dppo", "sdpo", "nft", "nft_kl"])
+def test_one_launch_forward_and_one_backward(
+    name: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    launches: list[Any] = []
+    real = launch._launch
+
+    def counted(kernel: Any, *rest: Any) -> Any:
+        launches.append(kernel)
+        return real(kernel, *rest)
+
+    monkeypatch.setattr(launch, "_launch", counted)
+    loss_of, pred = loss_by_pred(name, device)
+    leaf = pred.requires_grad_()
+    key = "pair_weight" if name in PAIRED else "sample_weight"
+    out = loss_of(leaf, "triton", reduction="dro", **{key: 0.5})
+    assert len(launches) == 1
+    torch.autograd.grad(out.loss, leaf)
+    assert len(launches) == 2
+
+
+@each_impl
+def test_outputs_carry_no_gradient_but_the_loss(impl: str, device: torch.device) -> None:
+    for name in ("guard_kl", "spo", "nft_kl"):
+        loss_of, pred = loss_by_pred(name, device)
+        out = loss_of(pred.requires_grad_(), impl)
+        assert out.loss.requires_grad
+        assert not any(field.requires_grad for field in out[1:] if field is not None)
+        with torch.no_grad():
+            again = loss_of(pred, impl)
+        assert not again.loss.requires_grad
+        assert torch.equal(again.loss, out.loss.detach())
+
+
+STEP_METRICS = {"loss", "ratio", "ratio_std", "ratio_off", "clip_fraction", "approx_kl"}
+
+
+@pytest.mark.parametrize("name", ["dance", "published", "d3po", "sdpo"])
+def test_metrics(name: str, device: torch.device) -> None:
+    case = CASES[name]
+    out = call(case, draw(case, device), "torch").out
+    ratio = torch.exp(out.log_ratio.double())
+    wanted = {
+        "loss": out.loss.detach(), "ratio": ratio.mean(), "ratio_std": ratio.std(correction=0),
+        "ratio_off": (ratio - 1).abs().max(), "clip_fraction": out.clipped.mean(),
+        "approx_kl": 0.5 * out.log_ratio.double().square().mean(),  # MixGRPO's kl_loss
+    }  # fmt: skip
+    wanted |= {"kl": out.kl.mean()} if case.anchored else {}
+    if case.pairs:
+        won = (out.margin > 0).float() + 0.5 * (out.margin == 0).float()
+        wanted |= {"margin": out.margin.mean(), "accuracy": won.mean()}
+    metrics = out.metrics()
+    assert metrics.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert metrics[key].shape == ()
+        assert not metrics[key].requires_grad
+        assert metrics[key].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-9), key
+    floats = out.metrics(as_floats=True)
+    assert {type(value) for value in floats.values()} == {float}
+    assert floats == {key: value.item() for key, value in metrics.items()}
+
+
+def test_metrics_of_nft(device: torch.device) -> None:
+    out = call_nft("nft_kl", velocities("nft_kl", device), "torch").out
+    won = (out.margin > 0).float() + 0.5 * (out.margin == 0).float()
+    wanted = {
+        "loss": out.loss.detach(), "error": out.errors.mean(), "old_error": out.old_errors.mean(),
+        "drop": out.drops.mean(), "drift": out.drifts.mean(), "margin": out.margin.mean(),
+        "accuracy": won.mean(), "kl": out.kl.mean(),
+    }  # fmt: skip
+    metrics = out.metrics(as_floats=True)
+    assert metrics == pytest.approx({key: value.item() for key, value in wanted.items()})
+
+
+def test_metrics_by_step(device: torch.device) -> None:
+    case = CASES["published"]
+    out = call(case, draw(case, device), "torch").out
+    step = torch.tensor([3, 0, 3, 1, 3], device=device)
+    found = out.by_step(step, 5)
+    assert found.keys() == {"ratio", "ratio_std", "clip_fraction", "approx_kl", "kl"}
+    assert all(value.shape == (5,) for value in found.values())
+    ratio = torch.exp(out.log_ratio.double())
+    for j in range(5):
+        rows = step == j
+        values = {key: value[j].item() for key, value in found.items()}
+        if not rows.any():
+            assert all(math.isnan(value) for value in values.values())
+            continue
+        own = ratio[rows]
+        assert values["ratio"] == pytest.approx(own.mean().item(), rel=1e-6)
+        assert values["ratio_std"] == pytest.approx(own.std(correction=0).item(), rel=1e-3, abs=1e-9)
+        assert values["clip_fraction"] == out.clipped[rows].mean()
+        assert values["kl"] == pytest.approx(out.kl[rows].mean().item())
+    pairs = call(CASES["spo"], draw(CASES["spo"], device), "torch").out
+    of_pairs = torch.tensor([2, 0, 2], device=device)
+    found, wanted = (pairs.by_step(s, 3) for s in (of_pairs, of_pairs.repeat(2)))
+    torch.testing.assert_close(found, wanted, equal_nan=True)
+    for bad in (step[:4], step[:2], step.float(), step.tolist(), step[None]):
+        with pytest.raises(ValueError, match=r"step is .*expected integers of shape \(5,\)"):
+            out.by_step(bad, 5)
