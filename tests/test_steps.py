@@ -1017,6 +1017,7 @@ def truth_nft(name: str, given: Velocities, setting: Setting = Setting()) -> dic
         sized = sized.abs() + 5 * scale * (gap + (1 + beta) * oracles.mean(d**2, mask))
         losses = found.losses + nudges[:SINGLES] * sized
         rest = {**found._asdict(), "drops": found.drops + nudges[SINGLES:] * gap}
+        rest["old_errors"] = found.old_errors + nudges[SINGLES:] * found.errors.detach()
         rest["margin"] = (1 - 2 * numbers["reward"]) * rest["drops"]
         del rest["losses"]
         loss = reduced(of_sample * losses, setting.reduction)
@@ -1107,14 +1108,14 @@ def test_nft_leaves_out_what_has_no_weight(impl: str, device: torch.device) -> N
     spoiled = Velocities(*(None if t is None else t.clone() for t in given))
     for t in spoiled[:4]:
         t[1] = math.nan
-    clean, got = (call_nft("nft_kl", g, impl, Setting(weight=weight)) for g in (given, spoiled))
-    assert torch.equal(got.out.loss, clean.out.loss)
-    assert torch.equal(got.grad, clean.grad)
     mask = hiding(SINGLES, device, SAMPLE[0]) > 0.4
-    spoiled = Velocities(*(None if t is None else torch.where(mask, t, math.nan) for t in given))
-    clean, got = (call_nft("nft_kl", g._replace(mask=mask), impl) for g in (given, spoiled))
-    assert torch.equal(got.out.loss, clean.out.loss)
-    assert torch.equal(got.grad, clean.grad)
+    hidden = Velocities(*(torch.where(mask, t, math.nan) for t in given[:4]), mask)
+    for setting, clean, other in (
+        (Setting(weight=weight), given, spoiled), (Setting(), given._replace(mask=mask), hidden),
+    ):  # fmt: skip
+        wanted, got = (call_nft("nft_kl", each, impl, setting) for each in (clean, other))
+        torch.testing.assert_close(got.out.loss, wanted.out.loss, rtol=1e-6, atol=0)
+        torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-6, atol=0)
 
 
 # The codes beside one another ---------------------------------------------------------------------
@@ -1136,8 +1137,9 @@ def test_guard_by_the_batchs_means_is_that_of_each_where_steps_are_equal(
             exact = torch.as_tensor(wanted[key].value).view(value.shape)
             torch.testing.assert_close(value, exact, rtol=1e-4, atol=1e-5 * exact.abs().max())
     mixed = draw(case, device, drift=0.1)
-    of_batch = truth(case._replace(loss=oracles.grpo_guard), mixed)["loss"].value
-    assert call(case, mixed, impl).out.loss.item() != pytest.approx(of_batch, rel=0.01)
+    of_batch = torch.as_tensor(truth(case._replace(loss=oracles.grpo_guard), mixed)["log_ratio"].value)
+    off = call(case, mixed, impl).out.log_ratio.cpu() / of_batch - 1
+    assert off.abs().max() > 0.1
 
 
 @each_impl
@@ -1255,7 +1257,7 @@ def test_transforms(name: str, device: torch.device) -> None:
         (with_graph,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
         torch.testing.assert_close(with_graph.detach(), wanted, **close)
     _, along = torch.func.jvp(loss, (pred,), (wanted,))
-    torch.testing.assert_close(along, wanted.square().sum(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(along.float(), wanted.square().sum(), rtol=1e-4, atol=0)
     many = torch.stack([pred, 0.9 * pred])
     each = torch.stack([loss(p) for p in many])
     torch.testing.assert_close(torch.vmap(loss)(many), each, rtol=1e-5, atol=1e-8)
@@ -1279,9 +1281,9 @@ def test_the_loss_falls_along_its_gradient(name: str, impl: str, device: torch.d
     moved = (after["log_ratio"] - before["log_ratio"]).sign()
     assert moved.any()
     if case.pairs:
-        assert ((after["margin"] - before["margin"]) * (1 if name != "sdpo" else 1))[:2].gt(0).all()
+        assert (after["margin"] - before["margin"])[:2].gt(0).all()
     else:
-        free = call(case, given, impl).out.clipped.cpu() == 0
+        free = (call(case, given, impl).out.clipped.cpu() == 0) & (ADVANTAGE != 0)
         assert torch.equal(moved[free], ADVANTAGE.sign().double()[free])
 
 
@@ -1455,6 +1457,6 @@ def test_metrics_by_step(device: torch.device) -> None:
     of_pairs = torch.tensor([2, 0, 2], device=device)
     found, wanted = (pairs.by_step(s, 3) for s in (of_pairs, of_pairs.repeat(2)))
     torch.testing.assert_close(found, wanted, equal_nan=True)
-    for bad in (step[:4], step[:2], step.float(), step.tolist(), step[None]):
+    for bad in (step[:4], step[:2], step.float(), step > 0, step.tolist(), step[None]):
         with pytest.raises(ValueError, match=r"step is .*expected integers of shape \(5,\)"):
             out.by_step(bad, 5)
