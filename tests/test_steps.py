@@ -5,7 +5,11 @@ with every knob; and what holds of them besides."""
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -1242,10 +1246,10 @@ def test_transforms(name: str, device: torch.device) -> None:
     """torch.func's gradient is the closed one, forward mode agrees, and a batch of predictions may
     be mapped over."""
     loss_of, pred = loss_by_pred(name, device)
-    for reduction in ("mean", "dro"):
+    for how in ({}, {"reduction": "dro", "dro_temperature": 20.0}):
 
-        def loss(p: Tensor, reduction: str = reduction) -> Tensor:
-            return loss_of(p, "torch", reduction=reduction).loss
+        def loss(p: Tensor, how: Any = how) -> Tensor:
+            return loss_of(p, "torch", **how).loss
 
         leaf = pred.detach().requires_grad_()
         value = loss(leaf)
@@ -1460,3 +1464,255 @@ def test_metrics_by_step(device: torch.device) -> None:
     for bad in (step[:4], step[:2], step.float(), step > 0, step.tolist(), step[None]):
         with pytest.raises(ValueError, match=r"step is .*expected integers of shape \(5,\)"):
             out.by_step(bad, 5)
+
+
+GATHER = """
+import sys, torch, fastpref
+rank = int(sys.argv[1])
+torch.distributed.init_process_group(
+    "gloo", rank=rank, world_size=2, init_method=f"file://{sys.argv[2]}"
+)
+def of(rows):
+    lr = torch.tensor([0.1, -0.2, 0.3, 0.0])[rows]
+    step = fastpref.StepOutput(lr.mean(), lr, (lr > 0).float(), 2 * lr, -lr)
+    return step, fastpref.ForwardOutput(lr.mean(), *[lr] * 6)
+own = slice(0, 1) if rank == 0 else slice(1, 4)
+for one, whole in zip(of(own), of(slice(0, 4))):
+    got, wanted = one.metrics(gather=True, as_floats=True), whole.metrics(as_floats=True)
+    assert got.keys() == wanted.keys()
+    for name in wanted.keys() - {"ratio_std", "ratio_off"}:  # which are within each
+        assert abs(got[name] - wanted[name]) < 1e-6, (name, got, wanted)
+torch.distributed.barrier()
+"""
+
+
+def test_metrics_of_two_processes(tmp_path: Path) -> None:
+    """One has a single sample, the other three."""
+    root = Path(__file__).parent.parent
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+    command = [sys.executable, "-c", GATHER]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "met")], env=env, stderr=-1)
+        for rank in range(2)
+    ]
+    errors = [rank.communicate(timeout=120)[1].decode() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+
+
+X = torch.zeros(4, 3)
+STEPS = steps_of("flow_sde", torch.arange(1, 5))
+GOOD: dict[str, dict[str, Any]] = {
+    "grpo_loss": {"model_pred": X, "old_pred": X, "x": X, "x_next": X, "transition": STEPS,
+                  "advantage": torch.ones(4)},
+    "step_dpo_loss": {"model_pred": X, "ref_pred": X, "x": X, "x_next": X, "transition": STEPS,
+                      "beta": 1.0},
+    "sdpo_loss": {"model_pred": X, "old_pred": X, "x": X, "x_next": X, "transition": STEPS,
+                  "advantage": torch.ones(4)},
+    "nft_loss": {"model_pred": X, "target": X, "old_pred": X, "reward": torch.ones(4)},
+}  # fmt: skip
+OPERANDS = ("model_pred", "old_pred", "ref_pred", "x", "x_next", "target")
+WANTING_GRAD = {"dtype": FP32, "requires_grad": True}
+META = torch.device("meta")
+BAD_TENSORS: list[tuple[Any, str]] = [
+    (None, "missing|got a NoneType"), ([1.0], "must be a .*got a list"),
+    (X.long(), "has dtype torch.int64; expected float32"), (X[:3], r"has shape \(.*expected"),
+    (X[:, :2], r"has shape \(.*expected"), (X[:0], r"has shape \(.*expected"),
+    (torch.zeros(4), r"has shape \(4,\); expected at least two dim"), (X.to(META), "is on (meta|cpu)"),
+    (torch.zeros(4, 3, **WANTING_GRAD), r"requires a gradient, .* pass \w+\.detach\(\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", GOOD)
+def test_bad_tensors_are_named(function: str) -> None:
+    """Or what does not go with them is: x_next with model_pred, or model_pred with x_next."""
+    for name in [name for name in GOOD[function] if name in OPERANDS]:
+        for bad, message in BAD_TENSORS:
+            if name == "model_pred" and isinstance(bad, Tensor) and bad.requires_grad:
+                continue
+            with pytest.raises((TypeError, ValueError), match=message) as caught:
+                getattr(fastpref, function)(**{**GOOD[function], name: bad})
+            said = str(caught.value)
+            subject = said.split(" ")[0].split("[")[0]
+            assert subject in {name, *({"model_pred", "x_next", "target"} if "x_next" in name or
+                                       "target" in name or name == "model_pred" else ())}, said
+            if function != "nft_loss":
+                assert "target" not in said
+            assert "ref_mse" not in said
+
+
+LOG = torch.zeros(4)
+NUMBERS: list[tuple[str, dict[str, Any], str]] = [
+    *(
+        (function, {"transition": transition}, message)
+        for function in ("grpo_loss", "step_dpo_loss", "sdpo_loss")
+        for transition, message in (
+            (None, r"^transition must be a fastpref.transitions.Transition, got a NoneType"),
+            (tuple(STEPS), "^transition must be a .*got a tuple"),
+            (STEPS.select([0, 1, 2]), r"^transition\.b is a .* of shape \(3,\); expected .*\(\) or"),
+            (STEPS.to("meta"), r"^transition\.b is on meta; expected cpu"),
+            (STEPS._replace(std=-STEPS.std), r"^transition\.std contains -0.*expected a number in"),
+            (STEPS._replace(a=STEPS.a * math.nan), r"^transition\.a contains nan"),
+            (STEPS._replace(weight=-STEPS.weight), r"^transition\.weight contains -"),
+            (STEPS._replace(dt=None), r"^transition\.dt is missing"),
+            (STEPS._replace(dt=STEPS.dt.long()), r"^transition\.dt is a torch.int64 tensor"),
+            (STEPS._replace(normalized=None), r"^transition\.normalized must be True or False"),
+        )
+    ),
+    *(
+        (function, {f"{o}_pred": pred, f"{o}_log_prob": log_prob}, f"^{o}_{message}")
+        for function, o in (("grpo_loss", "old"), ("step_dpo_loss", "ref"), ("sdpo_loss", "old"))
+        for pred, log_prob, message in (
+            (None, None, f"pred or {o}_log_prob is missing"),
+            (X, LOG, f"pred and {o}_log_prob were both given; expected only one"),
+            (None, LOG[:3], r"log_prob has shape \(3,\).*expected \(4,\)"),
+            (None, LOG[:, None], r"log_prob has shape \(4, 1\).*expected \(4,\)"),
+            (None, LOG.long(), "log_prob has dtype torch.int64; expected float32"),
+            (None, LOG.to(META), "log_prob is on meta, but model_pred is on cpu"),
+            (None, torch.zeros(4, **WANTING_GRAD), "log_prob requires a gradient"),
+            (None, 0.5, "log_prob must be a .*got a float"),
+        )
+    ),
+    *(
+        (function, {"advantage": advantage}, rf"^advantage(\[\d\])? {message}")
+        for function in ("grpo_loss", "sdpo_loss")
+        for advantage, message in (
+            (None, "is (missing|a NoneType)"), (torch.ones(3), r"is a .*shape \(3,\); expected"),
+            (torch.ones(4, 1), r"is a .*shape \(4, 1\); expected"),
+            (torch.tensor([0.0, math.inf, 0.0, 0.0]), "contains inf; expected"),
+            (torch.tensor([0.0, math.nan, 0.0, 0.0]), "contains nan; expected"),
+            (torch.ones(4, **WANTING_GRAD), "requires a gradient"),
+            (torch.ones(4, device="meta"), "is on meta; expected cpu"),
+            ("high", "(must be a float or tensor, got|is) a str"),
+            ((1.0, 2.0, 3.0), "(must be|is a tuple of 3; expected)"),
+        )
+    ),
+    ("sdpo_loss", {"advantage": (1.0,)}, r"^advantage is a tuple of 1; expected .*\(2B,\)"),
+    ("sdpo_loss", {"advantage": (math.inf, 1.0)}, r"^advantage\[0\] is inf"),
+    ("sdpo_loss", {"step_weight": math.inf}, "^step_weight is inf"),
+    ("sdpo_loss", {"clip_range": -1.0}, "^clip_range is -1"),
+    ("sdpo_loss", {"advantage_clip": -1.0}, "^advantage_clip is -1"),
+    ("grpo_loss", {"variant": "ppo"}, "^variant is 'ppo'; expected one of clip, guard, dppo"),
+    ("grpo_loss", {"kl": "k3"}, "^kl is 'k3'; expected one of v, x, gaussian, published"),
+    ("grpo_loss", {"kl_weight": 0.1}, "^ref_pred is missing; kl_weight"),
+    ("grpo_loss", {"kl_weight": -0.1, "ref_pred": X}, "^kl_weight is -0.1"),
+    ("grpo_loss", {"ref_pred": X[:3]}, r"^ref_pred has shape \(3, 3\); expected \(4, 3\)"),
+    ("grpo_loss", {"ref_pred": torch.zeros(4, 3, **WANTING_GRAD)}, "^ref_pred requires a gradient"),
+    ("grpo_loss", {"ref_pred": X.to(META)}, "^ref_pred is on meta"),
+    *(
+        ("grpo_loss", {"variant": variant, "old_pred": None, "old_log_prob": log_prob},
+         f"^old_pred is missing; variant '{variant}' needs it")
+        for variant in ("guard", "dppo") for log_prob in (LOG, None)
+    ),
+    *(
+        ("grpo_loss", {"variant": "dppo", name: value}, f'^{name} was given, but variant is "dppo"')
+        for name, value in (("clip_range", 1e-3), ("clip_range_high", 1e-3),
+                            ("advantage_clip", 1.0), ("clip_range", torch.tensor(1e-4)))
+    ),
+    ("grpo_loss", {"variant": "dppo", "divergence_limit": 0.0}, "^divergence_limit is 0"),
+    ("grpo_loss", {"clip_range": 1.5}, r"^clip_range is 1.5; expected a number in \[0, 1\]"),
+    ("grpo_loss", {"clip_range": None}, "^clip_range is missing"),
+    ("grpo_loss", {"clip_range_high": -1.0}, "^clip_range_high is -1"),
+    ("grpo_loss", {"advantage_clip": 0.0}, "^advantage_clip is 0"),
+    ("grpo_loss", {"sample_weight": torch.ones(3)}, r"^sample_weight is a .*shape \(3,\)"),
+    ("grpo_loss", {"sample_weight": -1.0}, "^sample_weight is -1"),
+    ("step_dpo_loss", {"beta": None}, "^beta is missing"),
+    ("step_dpo_loss", {"beta": 0.0}, "^beta is 0"),
+    ("step_dpo_loss", {"beta": torch.ones(4)}, r"^beta is a .*shape \(4,\); expected .*\(2,\)"),
+    ("step_dpo_loss", {"clip": 0.0}, r"^clip is 0.0; expected a number in \(0, 1\]"),
+    ("step_dpo_loss", {"clip": 1.5}, "^clip is 1.5"),
+    ("step_dpo_loss", {"x_next": (X[:2], X[:3])}, "^x_next has winners of shape .* but losers"),
+    ("step_dpo_loss", {"x_next": (X,)}, "^x_next must be a tensor or a tuple .*tuple of 1"),
+    ("step_dpo_loss", {"model_pred": (X[:2], X[:2].to(META))}, r"^model_pred\[1\] is on meta"),
+    ("step_dpo_loss", {"pair_weight": torch.ones(4)}, r"^pair_weight is a .*shape \(4,\)"),
+    ("nft_loss", {"reward": None}, "^reward is missing"),
+    ("nft_loss", {"reward": 1.5}, r"^reward is 1.5; expected a number in \[0, 1\]"),
+    ("nft_loss", {"reward": torch.full((4,), -0.1)}, "^reward contains -0.1"),
+    ("nft_loss", {"t": torch.ones(3)}, r"^t is a .*shape \(3,\)"),
+    ("nft_loss", {"t": -1.0}, "^t is -1"),
+    ("nft_loss", {"beta": 0.0}, "^beta is 0"),
+    ("nft_loss", {"adaptive": 1}, "^adaptive must be True or False, got a int"),
+    ("nft_loss", {"kl_weight": 0.1}, "^ref_pred is missing; kl_weight"),
+    *(
+        (function, given, message) for function in GOOD for given, message in (
+            ({"mask": torch.ones(4, 2)}, r"^mask has shape \(4, 2\).*expected"),
+            ({"mask": torch.ones(4, 3).long()}, "^mask has dtype torch.int64; expected bool"),
+            ({"reduction": "avg"}, "^reduction is 'avg'; expected"),
+            ({"impl": "cuda"}, "^impl is 'cuda'; expected"),
+            ({"dro_temperature": 0.5}, "^dro_temperature was given, but reduction is 'mean'"),
+            ({"huber_c": 0.1}, r"got unexpected argument huber_c; it accepts [^.\[]*mask[^.\[]*$"),
+        )
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "given", "message"), NUMBERS)
+def test_bad_numbers_are_named(function: str, given: dict[str, Any], message: str) -> None:
+    """As the caller calls them."""
+    with pytest.raises((TypeError, ValueError), match=message):
+        getattr(fastpref, function)(**{**GOOD[function], **given})
+
+
+@pytest.mark.parametrize("function", GOOD)
+def test_what_bad_input_is_a_change_of_is_good(function: str) -> None:
+    found = getattr(fastpref, function)(**GOOD[function])
+    assert all(value is None or value.isfinite().all() for value in found)
+    assert found.loss.dtype == FP32
+
+
+# The links in both dialects -----------------------------------------------------------------------
+
+
+GROUPS: list[Group] = [
+    *(link for pair in links.GRPO.values() for link in pair), *links.GRPO_OF_LOG,
+    *links.STEP_DPO, *links.STEP_DPO_OF_LOG, links.SDPO, links.SDPO_OF_LOG,
+    *(link for pair in links.NFT.values() for link in pair),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("link", GROUPS, ids=lambda link: link.name)
+def test_slopes_of_links_are_autograds(link: Group) -> None:
+    """By each member's error or gap, drift and distance from the anchor, as the text in PyTorch
+    says of itself; where ratios are clipped and where they are not."""
+    n = 64
+    generator = torch.Generator().manual_seed(3)
+
+    def rand(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(n, generator=generator, dtype=FP64)
+
+    usual = {"clip_range": (0.01, 0.1), "clip_range_high": (0.01, 0.2), "clip": (0.05, 0.3),
+             "beta": (0.1, 2.0), "reward": (0.0, 1.0), "transition.normalized": (0.0, 1.0),
+             "advantage_clip": (0.3, 0.9), "divergence_limit": (0.1, 0.4)}  # fmt: skip
+    scalars = []
+    for name in link.hyper:
+        low, high = usual.get(name.split("[")[0], (-1.0, 1.0) if "advantage" in name else (0.5, 1.0))
+        scalars.append(rand(low, high))
+    of_log = link.name.endswith("of_log") or "of_log_" in link.name
+    anchored = link.name.endswith("_kl")
+    sums, leaves = [], []
+    for _ in range(link.members):
+        ref = rand(-3.0, -1.0) if of_log else rand(0.5, 1.0)
+        of_gap = rand(-0.4, 0.4)
+        err = rand(0.2, 1.0) if of_log else (ref + of_gap).detach()
+        moving = err.requires_grad_() if of_log else of_gap.requires_grad_()
+        each = [err, err - ref if of_log else of_gap, ref]
+        own = [moving]
+        if link.drift:
+            each.append(rand(0.1, 0.5).requires_grad_())
+            own.append(each[-1])
+        if link.mixed:
+            each += [rand(0.5, 1.0), rand(0.5, 1.0)]
+        if anchored:
+            each.append(rand(0.1, 0.5).requires_grad_())
+            own.append(each[-1])
+        sums.append(tuple(each))
+        leaves.append(own)
+    value, slopes, scores = link.torch(tuple(sums), None, tuple(scalars), 0.0)
+    assert value.shape == (n,)
+    assert len(scores) == len(link.scores)
+    flat = [leaf for own in leaves for leaf in own]
+    wanted = torch.autograd.grad(value.sum(), flat, materialize_grads=True)
+    found = [slope for own in slopes for slope in own]
+    assert len(found) == len(flat)
+    assert any(grad.any() for grad in wanted)
+    for slope, exact in zip(found, wanted, strict=True):
+        torch.testing.assert_close((slope + torch.zeros(n)).detach(), exact, rtol=1e-9, atol=1e-12)
