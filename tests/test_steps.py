@@ -4,6 +4,7 @@ with every knob; and what holds of them besides."""
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import subprocess
@@ -57,7 +58,7 @@ class Case(NamedTuple):
     function: str
     loss: Callable[..., oracles.Found]
     numbers: dict[str, Any]
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {}  # noqa: RUF012
     anchored: bool = False
     pairs: bool = False
     shared: bool = False
@@ -151,6 +152,9 @@ class Setting(NamedTuple):
     dro_temperature: float = 1.0
 
 
+PLAIN = Setting()
+
+
 def steps_of(sampler: str, step: Any, device: torch.device = CPU) -> Transition:
     build, schedule = SAMPLERS[sampler]
     made: Transition = build(schedule, step)
@@ -197,7 +201,9 @@ def draw(
 def stored(given: Given, dtype: torch.dtype = FP32) -> Given:
     """With log-probabilities in place of the other's predictions."""
     rows = len(given.x_next)
-    x, other = (t if len(t) == rows else torch.cat([t, t]) for t in (given.x, given.other))
+    x, other = given.x, given.other
+    assert other is not None
+    x, other = (t if len(t) == rows else torch.cat([t, t]) for t in (x, other))
     of_step = given.transition
     if len(of_step.std.view(-1)) not in (1, rows):
         of_step = of_step.select([*range(rows // 2)] * 2)
@@ -214,7 +220,7 @@ def on(device: torch.device, numbers: dict[str, Any]) -> dict[str, Any]:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in numbers.items()}
 
 
-def arguments(case: Case, given: Given, setting: Setting = Setting()) -> dict[str, Any]:
+def arguments(case: Case, given: Given, setting: Setting = PLAIN) -> dict[str, Any]:
     """All but model_pred."""
     found: dict[str, Any] = {
         case.other: given.other, "x": given.x, "x_next": given.x_next,
@@ -235,9 +241,7 @@ def arguments(case: Case, given: Given, setting: Setting = Setting()) -> dict[st
     return on(given.x_next.device, found)
 
 
-def call(
-    case: Case, given: Given, impl: str, setting: Setting = Setting(), **more: Any
-) -> Called:
+def call(case: Case, given: Given, impl: str, setting: Setting = PLAIN, **more: Any) -> Called:
     pred = given.pred.detach().requires_grad_()
     out = getattr(fastpref, case.function)(
         pred, **{**arguments(case, given, setting), **more}, impl=impl
@@ -247,7 +251,7 @@ def call(
 
 
 def formula(
-    case: Case, given: Given, setting: Setting = Setting()
+    case: Case, given: Given, setting: Setting = PLAIN
 ) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
     """As `oracles.truths` evaluates it. Nudged are each row's log-ratio, by the size of what it is
     summed from, and x_next; and the KL."""
@@ -294,11 +298,8 @@ def formula(
 
     def evaluate(pred: Tensor, nudges: Tensor) -> dict[str, Tensor]:
         p, step = whole(pred), step_of(nudges)
-        if other is None:
-            log_prob = given.log_prob.double().cpu()
-        else:
-            log_prob = oracles.log_prob(step, other)
-        log_prob = log_prob - nudges[:rows] * sizes(p.detach())
+        of_other = given.log_prob.double().cpu() if other is None else oracles.log_prob(step, other)
+        log_prob = of_other - nudges[:rows] * sizes(p.detach())
         if case.pairs:
             found = case.loss(halves(step), p.chunk(2), log_prob.chunk(2), **numbers)
         else:
@@ -318,13 +319,13 @@ def formula(
     return evaluate
 
 
-def truth(case: Case, given: Given, setting: Setting = Setting()) -> dict[str, Truth]:
+def truth(case: Case, given: Given, setting: Setting = PLAIN) -> dict[str, Truth]:
     return oracles.truths(
         formula(case, given, setting), given.pred, 2 * len(given.x_next) + case.anchored
     )
 
 
-def check(case: Case, given: Given, setting: Setting = Setting()) -> dict[str, Called]:
+def check(case: Case, given: Given, setting: Setting = PLAIN) -> dict[str, Called]:
     """Eager PyTorch and the kernels against the oracle; what each of them found."""
     wanted = truth(case, given, setting)
     found = {impl: call(case, given, impl, setting) for impl in ("torch", "triton")}
@@ -358,7 +359,7 @@ def test_every_loss_is_its_formula(name: str, drift: float, device: torch.device
         assert 0 < found["torch"].out.clipped.mean() < 1  # both arms were there
 
 
-@pytest.mark.parametrize("name", ["published", "guard", "spo", "sdpo"])
+@pytest.mark.parametrize("name", ["published", "guard", "sdpo"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samplers(sampler: str, name: str, device: torch.device) -> None:
     check(CASES[name], draw(CASES[name], device, sampler=sampler))
@@ -407,16 +408,13 @@ def test_stored_log_probabilities(name: str, sampler: str, device: torch.device)
     check(CASES[name], stored(draw(CASES[name], device, sampler=sampler)))
 
 
-@each_impl
 @pytest.mark.parametrize("name", OF_LOG)
-def test_stored_log_probabilities_say_what_predictions_do(
-    name: str, impl: str, device: torch.device
-) -> None:
+def test_stored_log_probabilities_say_what_predictions_do(name: str, device: torch.device) -> None:
     """As precisely as fp32 holds a log-probability."""
     case = CASES[name]
     for sampler in ("ddim", "cps"):
         given = draw(case, device, drift=0.3, sampler=sampler)
-        plain, other = (call(case, each, impl).out for each in (given, stored(given)))
+        plain, other = (call(case, each, "torch").out for each in (given, stored(given)))
         torch.testing.assert_close(other.log_ratio, plain.log_ratio, rtol=1e-5, atol=1e-6)
 
 
@@ -462,10 +460,10 @@ def test_masks(name: str, kind: str, device: torch.device) -> None:
     check(case, given._replace(mask=mask > 0.4 if kind == "bool" else mask))
 
 
-@pytest.mark.parametrize(
-    ("how", "impl"), [(how, i) for how in ("weight", "mask") for i in ("torch", "triton")]
-    + [(f"{how} with {by}", "torch") for how in ("weight", "mask") for by in ("a graph", "func")],
-)  # fmt: skip
+@pytest.mark.parametrize("how", [
+    f"{what}{by}" for what in ("weight", "mask") for by in (" with a graph", " with func", "")
+])  # fmt: skip
+@each_impl
 @pytest.mark.parametrize(
     ("name", "value"), [(name, math.nan) for name in ("published", "guard_kl", "dppo", "sdpo")]
     + [("dppo_kl", math.inf), ("spo", math.inf)],
@@ -474,6 +472,8 @@ def test_what_counts_not_may_be_anything(
     name: str, how: str, value: float, impl: str, device: torch.device
 ) -> None:
     """A sample or a pair of weight 0, and what a mask hides; where autograd has the graph, too."""
+    if impl == "triton" and ("with" in how or value == math.inf):
+        pytest.skip("kernels have no graph, and the interpreter takes long")
     case = CASES[name]._replace(shared=False)
     mask = hiding(case.rows, device, SAMPLE[0]) > 0.4
     setting, given = Setting(), draw(case, device)
@@ -512,7 +512,6 @@ def test_what_counts_not_may_be_anything(
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "channels_last": lambda t: t.to(memory_format=torch.channels_last),
     "sliced": lambda t: torch.cat([t, t], dim=-1)[..., : t.shape[-1]],
-    "transposed": lambda t: t.transpose(1, 3).contiguous().transpose(1, 3),
     "every other row": lambda t: t.repeat_interleave(2, 0)[::2],
 }
 
@@ -559,7 +558,8 @@ def test_sample_by_sample_where_tensors_are_large(monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-5, atol=1e-8)
 
 
-HALVES = [{"x_next"}, {"model_pred", "x"}, {"other"}, {"model_pred", "x", "x_next", "other", "mask"}]
+EVERY = {"model_pred", "x", "x_next", "other", "mask"}
+HALVES = [{"x_next"}, {"model_pred", "x"}, {"other"}, EVERY]
 
 
 @each_impl
@@ -576,9 +576,9 @@ def test_tuples_are_as_good_as_stacks(name: str, impl: str, device: torch.device
             leaves = [pred.requires_grad_()]
             if "model_pred" in split and len(pred) == case.rows:
                 leaves = [half.detach().requires_grad_() for half in pred.chunk(2)]
-            others = {case.other, case.other.replace("pred", "log_prob")} if "other" in split else {}
-            for key in {*split, *others} & options.keys():
-                if len(options[key] if options[key] is not None else ()) == case.rows:
+            names = {case.other, case.other.replace("pred", "log_prob")} & options.keys()
+            for key in (split | names if "other" in split else split) & options.keys():
+                if options[key] is not None and len(options[key]) == case.rows:
                     options[key] = options[key].chunk(2)
             out = getattr(fastpref, case.function)(
                 tuple(leaves) if len(leaves) == 2 else leaves[0], **options, impl=impl
@@ -708,17 +708,16 @@ def test_ratios_at_their_bounds(clip: float, impl: str, device: torch.device) ->
     ]  # fmt: skip
     lr, advantage, clipped = (torch.tensor(each, device=device) for each in zip(*rows, strict=True))
     given = at(lr.tolist(), device)
-    for as_tensor in (False, True):
-        c: Any = torch.full_like(lr, clip) if as_tensor else clip
-        out, grad = of_grpo(given, impl, advantage=advantage, clip_range=c)
-        torch.testing.assert_close(out.log_ratio, lr, rtol=1e-7, atol=0)
-        assert torch.equal(out.clipped, clipped.to(lr))
-        bound = torch.where(advantage > 0, 1 + clip, 1 - clip)
-        wanted = -advantage * torch.where(clipped == 1, bound, torch.exp(lr))
-        torch.testing.assert_close(out.loss, wanted, rtol=3e-7, atol=0)
-        by_pred = -2 * given.transition.weight * given.pred[:, 0]
-        slope = torch.where(clipped == 1, 0.0, -advantage * torch.exp(lr) * by_pred)
-        torch.testing.assert_close(grad[:, 0], slope, rtol=1e-5, atol=0)
+    c: Any = torch.full_like(lr, clip) if clip in CLIPS[::2] else clip
+    out, grad = of_grpo(given, impl, advantage=advantage, clip_range=c)
+    torch.testing.assert_close(out.log_ratio, lr, rtol=1e-7, atol=0)
+    assert torch.equal(out.clipped, clipped.to(lr))
+    bound = torch.where(advantage > 0, 1 + clip, 1 - clip)
+    wanted = -advantage * torch.where(clipped == 1, bound, torch.exp(lr))
+    torch.testing.assert_close(out.loss, wanted, rtol=3e-7, atol=0)
+    by_pred = -2 * given.transition.weight * given.pred[:, 0]
+    slope = torch.where(clipped == 1, 0.0, -advantage * torch.exp(lr) * by_pred)
+    torch.testing.assert_close(grad[:, 0], slope, rtol=1e-5, atol=0)
 
 
 @each_impl
@@ -733,9 +732,7 @@ def test_a_clip_above_may_be_wider(impl: str, device: torch.device) -> None:
 
 
 @each_impl
-def test_advantages_are_clipped_only_where_they_are_to_be(
-    impl: str, device: torch.device
-) -> None:
+def test_advantages_are_clipped_only_where_they_are_to_be(impl: str, device: torch.device) -> None:
     advantage = torch.tensor([7.0, -7.0, 3.0], device=device)
     given = at([0.0, 0.0, 0.0], device)
     for limit, wanted in ((5.0, [-5, 5, -3]), (None, [-7, 7, -3]), (2.0, [-2, 2, -2])):
@@ -853,9 +850,7 @@ def test_step_dpo_at_its_bounds(impl: str, device: torch.device) -> None:
 def test_margins_that_overflow_a_sigmoid(impl: str, device: torch.device) -> None:
     """-log(sigmoid(-105)) is infinite in fp32; LPO's beta is 500."""
     given = at([-0.105, 0.095], device)
-    out = fastpref.step_dpo_loss(
-        given.pred, *given[2:], given.transition, beta=1000.0, impl=impl
-    )
+    out = fastpref.step_dpo_loss(given.pred, *given[2:], given.transition, beta=1000.0, impl=impl)
     assert out.loss.item() == pytest.approx(200.0, rel=1e-4)
 
 
@@ -901,8 +896,8 @@ def test_steps_without_noise_add_exactly_0(
     name: str, weight: float, b: float | None, way: str, device: torch.device
 ) -> None:
     """To loss and gradient, but they count in the mean; a pair does where one of its steps is."""
-    if way == "triton" and (weight, b) == (0.0, 0.0):
-        pytest.skip("as the others")
+    if way == "triton" and (weight, b) != (math.inf, 0.0 if len(name) % 2 else None):
+        pytest.skip("as the others")  # the interpreter takes long
     case = CASES[name.replace("stored", "").strip() or "published"]._replace(shared=False)
     given = draw(case, device)
     if "stored" in name:
@@ -973,7 +968,7 @@ def velocities(
 
 
 def call_nft(
-    name: str, given: Velocities, impl: str, setting: Setting = Setting(), **more: Any
+    name: str, given: Velocities, impl: str, setting: Setting = PLAIN, **more: Any
 ) -> Called:
     pred = given.pred.detach().requires_grad_()
     options: dict[str, Any] = {"ref_pred": given.ref, "reduction": setting.reduction}
@@ -986,7 +981,7 @@ def call_nft(
     return Called(out, torch.autograd.grad(out.loss.sum(), pred)[0])
 
 
-def truth_nft(name: str, given: Velocities, setting: Setting = Setting()) -> dict[str, Truth]:
+def truth_nft(name: str, given: Velocities, setting: Setting = PLAIN) -> dict[str, Truth]:
     """Nudged are what the sums of each sample are summed from."""
 
     def whole(t: Tensor) -> Tensor:
@@ -1037,7 +1032,7 @@ def truth_nft(name: str, given: Velocities, setting: Setting = Setting()) -> dic
     return oracles.truths(evaluate, given.pred, 2 * SINGLES)
 
 
-def check_nft(name: str, given: Velocities, setting: Setting = Setting()) -> None:
+def check_nft(name: str, given: Velocities, setting: Setting = PLAIN) -> None:
     wanted = truth_nft(name, given, setting)
     plain, fused = (call_nft(name, given, impl, setting) for impl in ("torch", "triton"))
     assert isinstance(plain.out, fastpref.ForwardOutput)
@@ -1113,7 +1108,8 @@ def test_nft_leaves_out_what_has_no_weight(impl: str, device: torch.device) -> N
     for t in spoiled[:4]:
         t[1] = math.nan
     mask = hiding(SINGLES, device, SAMPLE[0]) > 0.4
-    hidden = Velocities(*(torch.where(mask, t, math.nan) for t in given[:4]), mask)
+    pred, target, old, ref = (torch.where(mask, t, math.nan) for t in given[:4])
+    hidden = Velocities(pred, target, old, ref, mask)
     for setting, clean, other in (
         (Setting(weight=weight), given, spoiled), (Setting(), given._replace(mask=mask), hidden),
     ):  # fmt: skip
@@ -1141,8 +1137,8 @@ def test_guard_by_the_batchs_means_is_that_of_each_where_steps_are_equal(
             exact = torch.as_tensor(wanted[key].value).view(value.shape)
             torch.testing.assert_close(value, exact, rtol=1e-4, atol=1e-5 * exact.abs().max())
     mixed = draw(case, device, drift=0.1)
-    of_batch = torch.as_tensor(truth(case._replace(loss=oracles.grpo_guard), mixed)["log_ratio"].value)
-    off = call(case, mixed, impl).out.log_ratio.cpu() / of_batch - 1
+    of_batch = truth(case._replace(loss=oracles.grpo_guard), mixed)["log_ratio"].value
+    off = call(case, mixed, impl).out.log_ratio.cpu() / torch.as_tensor(of_batch) - 1
     assert off.abs().max() > 0.1
 
 
@@ -1175,11 +1171,11 @@ def test_labels_of_trajectories_are_winners_first(impl: str, device: torch.devic
     case = PAIRED["pso"]
     given = draw(case, device, drift=0.5, sampler="euler_ancestral")
     label = torch.tensor([1.0, -1.0, -1.0])
-    by_label = case._replace(loss=lambda *args, **more: oracles.step_dpo(*args, **more, label=label))
-    wanted = truth(by_label, given)
+    wanted = truth(case._replace(loss=functools.partial(oracles.step_dpo, label=label)), given)
     order = [i if l > 0 else i + PAIRS for i, l in enumerate(label)]
     order += [(i + PAIRS) % (2 * PAIRS) for i in order]
-    moved = Given(*(None if t is None else t[order] for t in given[:4]), given.transition.select(order))
+    pred, other, x, x_next = (t[order] for t in given[:4])
+    moved = Given(pred, other, x, x_next, given.transition.select(order))
     got = call(case, moved, impl)
     assert got.out.loss.item() == pytest.approx(wanted["loss"].value, rel=1e-5)
     back = torch.as_tensor(wanted["grad"].value)[order]
@@ -1278,7 +1274,8 @@ def test_the_loss_falls_along_its_gradient(name: str, impl: str, device: torch.d
     grad = call(case, given, impl).grad.double().cpu()
     step = 1e-6 / grad.abs().max().item()
     evaluate = formula(case, given)
-    pred, none = given.pred.double().cpu(), torch.zeros(2 * len(given.x_next) + case.anchored).double()
+    pred = given.pred.double().cpu()
+    none = torch.zeros(2 * len(given.x_next) + case.anchored, dtype=FP64)
     after, before = (evaluate(pred - side * step * grad, none) for side in (1, -1))
     fall = (before["loss"] - after["loss"]).item()
     assert fall == pytest.approx(2 * step * grad.square().sum().item(), rel=1e-3)
@@ -1352,7 +1349,7 @@ def test_compile_with_dynamo_alone(name: str, impl: str, device: torch.device) -
 
 @each_impl
 def test_autocast_changes_nothing(impl: str, device: torch.device) -> None:
-    for name in ("guard_kl", "spo", "nft_kl"):
+    for name in ("guard_kl", "nft_kl"):
         loss_of, pred = loss_by_pred(name, device)
         leaf = pred.detach().requires_grad_()
         wanted = loss_of(leaf, impl)
@@ -1387,7 +1384,7 @@ def test_one_launch_forward_and_one_backward(
 
 @each_impl
 def test_outputs_carry_no_gradient_but_the_loss(impl: str, device: torch.device) -> None:
-    for name in ("guard_kl", "spo", "nft_kl"):
+    for name in ("guard_kl", "nft_kl"):
         loss_of, pred = loss_by_pred(name, device)
         out = loss_of(pred.requires_grad_(), impl)
         assert out.loss.requires_grad
@@ -1454,7 +1451,8 @@ def test_metrics_by_step(device: torch.device) -> None:
             continue
         own = ratio[rows]
         assert values["ratio"] == pytest.approx(own.mean().item(), rel=1e-6)
-        assert values["ratio_std"] == pytest.approx(own.std(correction=0).item(), rel=1e-3, abs=1e-9)
+        spread = own.std(correction=0).item()
+        assert values["ratio_std"] == pytest.approx(spread, rel=1e-3, abs=1e-9)
         assert values["clip_fraction"] == out.clipped[rows].mean()
         assert values["kl"] == pytest.approx(out.kl[rows].mean().item())
     pairs = call(CASES["spo"], draw(CASES["spo"], device), "torch").out
@@ -1511,14 +1509,14 @@ GOOD: dict[str, dict[str, Any]] = {
     "nft_loss": {"model_pred": X, "target": X, "old_pred": X, "reward": torch.ones(4)},
 }  # fmt: skip
 OPERANDS = ("model_pred", "old_pred", "ref_pred", "x", "x_next", "target")
-WANTING_GRAD = {"dtype": FP32, "requires_grad": True}
+WANTING_X, WANTING_ROWS = (torch.zeros_like(t).requires_grad_() for t in (X, X[:, 0]))
 META = torch.device("meta")
 BAD_TENSORS: list[tuple[Any, str]] = [
     (None, "missing|got a NoneType"), ([1.0], "must be a .*got a list"),
     (X.long(), "has dtype torch.int64; expected float32"), (X[:3], r"has shape \(.*expected"),
     (X[:, :2], r"has shape \(.*expected"), (X[:0], r"has shape \(.*expected"),
-    (torch.zeros(4), r"has shape \(4,\); expected at least two dim"), (X.to(META), "is on (meta|cpu)"),
-    (torch.zeros(4, 3, **WANTING_GRAD), r"requires a gradient, .* pass \w+\.detach\(\)"),
+    (X[:, 0], r"has shape \(4,\); expected at least two dim"), (X.to(META), "is on (meta|cpu)"),
+    (WANTING_X, r"requires a gradient, .* pass \w+\.detach\(\)"),
 ]  # fmt: skip
 
 
@@ -1532,9 +1530,9 @@ def test_bad_tensors_are_named(function: str) -> None:
             with pytest.raises((TypeError, ValueError), match=message) as caught:
                 getattr(fastpref, function)(**{**GOOD[function], name: bad})
             said = str(caught.value)
-            subject = said.split(" ")[0].split("[")[0]
-            assert subject in {name, *({"model_pred", "x_next", "target"} if "x_next" in name or
-                                       "target" in name or name == "model_pred" else ())}, said
+            first_two = {"model_pred", "target" if function == "nft_loss" else "x_next"}
+            allowed = first_two if name in first_two else {name}
+            assert said.split(" ")[0].split("[")[0] in allowed, said
             if function != "nft_loss":
                 assert "target" not in said
             assert "ref_mse" not in said
@@ -1548,7 +1546,7 @@ NUMBERS: list[tuple[str, dict[str, Any], str]] = [
         for transition, message in (
             (None, r"^transition must be a fastpref.transitions.Transition, got a NoneType"),
             (tuple(STEPS), "^transition must be a .*got a tuple"),
-            (STEPS.select([0, 1, 2]), r"^transition\.b is a .* of shape \(3,\); expected .*\(\) or"),
+            (STEPS.select([0, 1, 2]), r"^transition\.b is a .*shape \(3,\); expected .*\(\) or"),
             (STEPS.to("meta"), r"^transition\.b is on meta; expected cpu"),
             (STEPS._replace(std=-STEPS.std), r"^transition\.std contains -0.*expected a number in"),
             (STEPS._replace(a=STEPS.a * math.nan), r"^transition\.a contains nan"),
@@ -1568,7 +1566,7 @@ NUMBERS: list[tuple[str, dict[str, Any], str]] = [
             (None, LOG[:, None], r"log_prob has shape \(4, 1\).*expected \(4,\)"),
             (None, LOG.long(), "log_prob has dtype torch.int64; expected float32"),
             (None, LOG.to(META), "log_prob is on meta, but model_pred is on cpu"),
-            (None, torch.zeros(4, **WANTING_GRAD), "log_prob requires a gradient"),
+            (None, WANTING_ROWS, "log_prob requires a gradient"),
             (None, 0.5, "log_prob must be a .*got a float"),
         )
     ),
@@ -1580,7 +1578,7 @@ NUMBERS: list[tuple[str, dict[str, Any], str]] = [
             (torch.ones(4, 1), r"is a .*shape \(4, 1\); expected"),
             (torch.tensor([0.0, math.inf, 0.0, 0.0]), "contains inf; expected"),
             (torch.tensor([0.0, math.nan, 0.0, 0.0]), "contains nan; expected"),
-            (torch.ones(4, **WANTING_GRAD), "requires a gradient"),
+            (WANTING_ROWS, "requires a gradient"),
             (torch.ones(4, device="meta"), "is on meta; expected cpu"),
             ("high", "(must be a float or tensor, got|is) a str"),
             ((1.0, 2.0, 3.0), "(must be|is a tuple of 3; expected)"),
@@ -1596,7 +1594,7 @@ NUMBERS: list[tuple[str, dict[str, Any], str]] = [
     ("grpo_loss", {"kl_weight": 0.1}, "^ref_pred is missing; kl_weight"),
     ("grpo_loss", {"kl_weight": -0.1, "ref_pred": X}, "^kl_weight is -0.1"),
     ("grpo_loss", {"ref_pred": X[:3]}, r"^ref_pred has shape \(3, 3\); expected \(4, 3\)"),
-    ("grpo_loss", {"ref_pred": torch.zeros(4, 3, **WANTING_GRAD)}, "^ref_pred requires a gradient"),
+    ("grpo_loss", {"ref_pred": WANTING_X}, "^ref_pred requires a gradient"),
     ("grpo_loss", {"ref_pred": X.to(META)}, "^ref_pred is on meta"),
     *(
         ("grpo_loss", {"variant": variant, "old_pred": None, "old_log_prob": log_prob},
@@ -1679,13 +1677,14 @@ def test_slopes_of_links_are_autograds(link: Group) -> None:
     def rand(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(n, generator=generator, dtype=FP64)
 
-    usual = {"clip_range": (0.01, 0.1), "clip_range_high": (0.01, 0.2), "clip": (0.05, 0.3),
-             "beta": (0.1, 2.0), "reward": (0.0, 1.0), "transition.normalized": (0.0, 1.0),
-             "advantage_clip": (0.3, 0.9), "divergence_limit": (0.1, 0.4)}  # fmt: skip
+    usual = {
+        "clip_range": (0.01, 0.1), "clip_range_high": (0.01, 0.2), "clip": (0.05, 0.3),
+        "advantage": (-1.0, 1.0), "advantage_clip": (0.3, 0.9), "divergence_limit": (0.1, 0.4),
+        "beta": (0.1, 2.0), "reward": (0.0, 1.0), "transition.normalized": (0.0, 1.0),
+    }  # fmt: skip
     scalars = []
     for name in link.hyper:
-        low, high = usual.get(name.split("[")[0], (-1.0, 1.0) if "advantage" in name else (0.5, 1.0))
-        scalars.append(rand(low, high))
+        scalars.append(rand(*usual.get(name.split("[")[0], (0.5, 1.0))))
     of_log = link.name.endswith("of_log") or "of_log_" in link.name
     anchored = link.name.endswith("_kl")
     sums, leaves = [], []
