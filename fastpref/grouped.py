@@ -142,8 +142,9 @@ def run(
     n, device = batch.n_groups, batch.device
     accepted = accepts.__annotations__
     if unknown := [name for name in knobs if name not in accepted]:
+        given = dict.fromkeys(name.split("[")[0] for name in numbers if "." not in name)
         raise TypeError(
-            unexpected(f"loss {link.name!r}", unknown, [*numbers, *of_members, *accepted])
+            unexpected(f"loss {link.name!r}", unknown, [*given, *of_members, *accepted])
         )
     reduction, error_reduction = (knobs.get(k, "mean") for k in ("reduction", "error_reduction"))
     check_reductions(reduction, error_reduction)

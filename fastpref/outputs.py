@@ -211,7 +211,7 @@ class StepOutput(NamedTuple):
 
         step: (B,), or (2B,) of pairs, integers: at which step a sample, or a pair, is.
         """
-        step = _steps_of("step", step, len(self.log_ratio))
+        step = _steps_of("step", step, len(self.log_ratio), self.margin is not None)
 
         def mean(values: Tensor) -> Tensor:
             at = step[: len(values)]
@@ -229,12 +229,18 @@ class StepOutput(NamedTuple):
         return found if self.kl is None else {**found, "kl": mean(self.kl)}
 
 
-def _steps_of(name: str, step: Tensor, rows: int) -> Tensor:
+def _steps_of(name: str, step: Tensor, rows: int, pairs: bool) -> Tensor:
     """Of each row, where pairs may share theirs."""
-    integers = isinstance(step, Tensor) and not (step.is_floating_point() or step.is_complex())
-    if not integers or step.dim() != 1 or len(step) not in (rows, rows // 2):
-        shape = tuple(step.shape) if isinstance(step, Tensor) else type(step).__name__
-        raise ValueError(f"{name} is {shape}; expected integers of shape ({rows},)")
+    integers = isinstance(step, Tensor) and not (
+        step.is_floating_point() or step.is_complex() or step.dtype == torch.bool
+    )
+    lengths = (rows // 2, rows) if pairs else (rows,)
+    if not integers or step.dim() != 1 or len(step) not in lengths:
+        what = type(step).__name__
+        if isinstance(step, Tensor):
+            what = f"a {step.dtype} tensor of shape {tuple(step.shape)}"
+        needed = " or ".join(f"({n},)" for n in lengths)
+        raise ValueError(f"{name} is {what}; expected integers of shape {needed}")
     return step.long() if len(step) == rows else step.long().repeat(2)
 
 

@@ -123,7 +123,7 @@ def check_pairs_of_steps(
     constants += [(f"{names.target}[1]", next_l)]
 
     def rows(name: str, value: Halves | None, sample: list[int], **options: Any) -> Operand:
-        if value is None:
+        if value is None and name not in ("model_pred", "x"):
             return ABSENT
         first, second = operand_of(name, value, min_dim=2 if sample else 1, **options)
         shared = bool(sample)

@@ -11,7 +11,7 @@ from typing_extensions import TypedDict, Unpack
 from fastpref_kernels.links import FINITE, Group, Hyper
 from fastpref_kernels.steps import DT, OF_STEP
 
-from .batch import Batch, Halves, Scalar
+from .batch import DTYPES, Batch, Halves, Scalar, tensor_of
 from .dispatch import Impl, MissingReference, Reduction
 from .grouped import run
 from .outputs import StepOutput
@@ -68,7 +68,7 @@ def step_loss(
     check_transition(transition)
     batch = check_groups(
         model_pred, x_next, old_pred, old_log_prob, knobs.get("mask"), 1,
-        base=x, anchor=ref_pred, names=STEP_NAMES,
+        base=tensor_of("x", x, 2, DTYPES), anchor=ref_pred, names=STEP_NAMES,
     )  # fmt: skip
     numbers = {**numbers, **_numbers_of(transition, batch)}
     loss, stats, options = _run(link, batch, transition, numbers, StepKnobs, {**knobs})
@@ -136,6 +136,11 @@ def check_transition(transition: Any) -> None:
         raise TypeError(
             "transition must be a fastpref.transitions.Transition, got a "
             f"{type(transition).__name__}"
+        )
+    if not isinstance(transition.normalized, bool):
+        raise TypeError(
+            "transition.normalized must be True or False, got a "
+            f"{type(transition.normalized).__name__}"
         )
 
 

@@ -130,7 +130,7 @@ def grpo_loss(
         raise ValueError(f"variant is {variant!r}; expected one of {', '.join(GRPO)}")
     if kl not in _KL_UNITS:
         raise ValueError(f"kl is {kl!r}; expected one of {', '.join(_KL_UNITS)}")
-    if variant != "clip" and old_pred is None and old_log_prob is not None:
+    if variant != "clip" and old_pred is None:
         raise MissingReference(
             f"old_pred is missing; variant {variant!r} needs it, old_log_prob is not enough"
         )
@@ -274,7 +274,7 @@ def sdpo_loss(
     Learning", arXiv:2411.11727, scripts/train_sdpo.py of github.com/ZiyiZhang27/sdpo, lines
     771-808. This SDPO is not Diffusion-SDPO, the safeguard of `pair_loss`.
     """
-    of_each = advantage if isinstance(advantage, (tuple, list)) else _halved(advantage)
+    of_each = _of_each(advantage)
     numbers = {
         "step_weight": step_weight,
         "advantage[0]": of_each[0],
@@ -289,17 +289,22 @@ def sdpo_loss(
     )  # fmt: skip
 
 
-def _halved(advantage: Any) -> tuple[Tensor, Tensor]:
-    if not isinstance(advantage, Tensor) or advantage.dim() != 1 or len(advantage) % 2:
-        what = (
-            f"a tensor of shape {tuple(advantage.shape)}" if isinstance(advantage, Tensor) else ""
-        )
-        raise ValueError(
-            f"advantage is {what or f'a {type(advantage).__name__}'}; expected a tensor of shape "
-            "(2B,), the first trajectories' first, or a tuple of two (B,)"
-        )
-    first, second = advantage.chunk(2)
-    return first, second
+def _of_each(advantage: Any) -> tuple[Scalar, Scalar]:
+    if isinstance(advantage, (tuple, list)):
+        if len(advantage) == 2:
+            return advantage[0], advantage[1]
+        what = f"a {type(advantage).__name__} of {len(advantage)}"
+    elif not isinstance(advantage, Tensor):
+        what = f"a {type(advantage).__name__}"
+    elif advantage.dim() == 1 and len(advantage) % 2 == 0:
+        first, second = advantage.chunk(2)
+        return first, second
+    else:
+        what = f"a tensor of shape {tuple(advantage.shape)}"
+    raise ValueError(
+        f"advantage is {what}; expected a tensor of shape (2B,), the first trajectories' first, or "
+        "a tuple of two (B,)"
+    )
 
 
 def nft_loss(
