@@ -106,9 +106,9 @@ class _ClosedForm(torch.autograd.Function):
         absent: dict[str, Any] = dict.fromkeys(_OPERANDS, (None, None))
         ctx.batch, ctx.options = batch._replace(**absent), options  # autograd saves those
         # The constants are for autograd to see if somebody changes them.
-        huber_t = options.huber_c if isinstance(options.huber_c, Tensor) else None
         of_batch = [t for name in _OPERANDS[1:] for t in getattr(batch, name)]
-        ctx.save_for_backward(huber_t, diff, pred, pred_l, *of_batch)
+        numbers = [n for n in (options.huber_c, *batch.affine) if isinstance(n, Tensor)]
+        ctx.save_for_backward(diff, pred, pred_l, *of_batch, *numbers)
         ctx.mark_non_differentiable(made)
         ctx.set_materialize_grads(False)
         return loss, made
@@ -120,7 +120,7 @@ class _ClosedForm(torch.autograd.Function):
         if grad_loss._is_zerotensor():  # it has no memory
             grad_loss = grad_loss.clone()
         needed = ctx.needs_input_grad[:2]
-        _, diff, *saved = ctx.saved_tensors
+        diff, *saved = ctx.saved_tensors[: 1 + 2 * len(_OPERANDS)]
         pairs = zip(saved[::2], saved[1::2], strict=True)
         batch = ctx.batch._replace(**dict(zip(_OPERANDS, pairs, strict=True)))
         with no_autocast(batch.device):

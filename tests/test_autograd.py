@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fastpref
 from fastpref.dispatch import Impl
+from fastpref.transitions import Transition
 from fastpref_kernels import LINKS, Link
 from fastpref_kernels.groups import DSPO, RANKDPO
 from fastpref_kernels.knobs import sums_of
@@ -281,3 +282,18 @@ def test_the_loss_scales_and_adds_up_with_others(
     total = 1024 * (fastpref.mapo_loss(pred, target, impl=impl).loss / 4 + pred.square().sum())
     (together,) = torch.autograd.grad(total, pred)
     torch.testing.assert_close(together, 1024 * (alone / 4 + 2 * pred), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("field", ["a", "b"])
+def test_a_transition_that_changes_before_backward_is_noticed(
+    impl: Impl, field: str, device: torch.device
+) -> None:
+    x, x_next, old = torch.randn(3, 2, 5, device=device)
+    numbers = torch.full((5, 2), 0.5, device=device).unbind()
+    transition = Transition(*(number.clone() for number in numbers))
+    pred = (old + 0.1).requires_grad_()
+    out = fastpref.grpo_loss(pred, old, x, x_next, transition, 1.0, clip_range=0.5, impl=impl)
+    getattr(transition, field).mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.loss.backward()
