@@ -185,8 +185,10 @@ class PromptStatistics:
                 "one prompt a sample"
             )
         for name in names:
-            if not isinstance(name, Hashable):
-                raise TypeError(f"prompts contains a {type(name).__name__}; expected hashable ones")
+            if isinstance(name, Tensor) or not isinstance(name, Hashable):  # a Tensor's is its id
+                raise TypeError(
+                    f"prompts contains a {type(name).__name__}; expected strings, ints or the like"
+                )
         kept = next((b[0].shape for b in self._buffers.values() if b), value.shape[1:])
         if kept != value.shape[1:]:
             raise ValueError(

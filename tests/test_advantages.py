@@ -360,6 +360,7 @@ BAD: list[tuple[Callable[[], Any], Any, str]] = [
     (lambda: PromptStatistics().update("ab", TWO), TypeError, "prompts is a str; expected a seq"),
     (lambda: PromptStatistics().update(["a"], TWO), ValueError, "prompts has 1, but rewards has"),
     (lambda: PromptStatistics().update([[], []], TWO), TypeError, "prompts contains a list"),  # type: ignore[list-item]
+    (lambda: PromptStatistics().update([*torch.ones(2)], TWO), TypeError, "contains a Tensor"),
     (lambda: PromptStatistics().update("ab", LATENTS), ValueError, r"expected \(B,\) or \(B, st"),
     (lambda: PromptStatistics().update(["a", "b"], TWO / 0), ValueError, r"contains nan at \[0\]"),
     (lambda: PromptStatistics().load_state_dict({}), ValueError, "state is not of PromptStatistic"),
