@@ -44,6 +44,11 @@ def flow_sigmas(schedule: Schedule) -> Tensor:
 def variance_sigmas(schedule: Schedule) -> Tensor:
     """(n + 1,), down to 0 or more: x = x0 + sigma * noise."""
     sigmas = _along("sigmas", schedule)
+    if not isinstance(schedule, Tensor) and readable(sigmas) and sigmas[0] <= 1:
+        raise ValueError(
+            f"schedule has sigmas {_ends(sigmas)}, those of a flow model; expected a scheduler of "
+            "x = x0 + sigma * noise"
+        )
     fits = (sigmas.diff() <= 0).all() & (sigmas[-1] >= 0) & sigmas.isfinite().all()
     if readable(sigmas) and not bool(fits):
         raise ValueError(f"schedule has sigmas {_ends(sigmas)}; expected none below 0 and no rise")
