@@ -112,9 +112,9 @@ class Transition(NamedTuple):
 
             -weight * b^2 * (pred - old_pred) * (pred + old_pred - 2 * (x_next - a * x) / b)
 
-        The difference of two log-probabilities is off by some 1e-7 in fp32, as much as the clip of
-        GRPO-Guard allows a ratio to move in all, or as small ratios are themselves; the product is
-        off by a few 1e-7 of itself, and is exactly 0 where the predictions are equal.
+        The difference of two log-probabilities is off by up to 2e-7 in fp32: a tenth of the clip of
+        GRPO-Guard, and more than a small log-ratio itself. The product is off by some 1e-6 of
+        itself, and is exactly 0 where the predictions are equal.
         """
         work = self._check(x=x, pred=pred, old_pred=old_pred, x_next=x_next)
         old, b = old_pred.detach().to(work), self._live(self.b, x, work)
@@ -160,15 +160,13 @@ class Transition(NamedTuple):
 
     def to(self, device: torch.device | str) -> Transition:
         """With its tensors on `device`."""
-        return self._each(lambda field: field.to(device))
+        return self._each(lambda field: field.to(device=device))
 
     def select(self, index: int | slice | Tensor | Sequence[int]) -> Transition:
-        """The steps of some samples, as indexing a tensor's rows does. A transition of () is one
-        for any sample, and stays as it is."""
-        if self.std.dim() == 0:
-            return self
+        """The steps of some samples, as indexing a tensor's rows does. What is () is one for any
+        sample, and stays as it is."""
         rows = list(index) if isinstance(index, Sequence) else index
-        return self._each(lambda field: field[rows])
+        return self._each(lambda field: field[rows] if field.dim() else field)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Transition:
         a, b, std, dt, weight = map(change, self[:5])
@@ -206,13 +204,20 @@ class Transition(NamedTuple):
                 f"{first} has shape {tuple(like.shape)}; expected ({self.std.shape[0]}, ...), the "
                 "samples that this transition is of"
             )
-        if self.std.device != like.device and (self.std.dim() or self.std.device.type != "cpu"):
-            raise ValueError(
-                f"{first} is on {like.device}, but the transition is on {self.std.device}; "
-                f"expected one device: transition.to({str(like.device)!r})"
-            )
+        check_device(self, first, like.device)
         double = any(value.dtype == torch.float64 for value in tensors.values())
         return torch.float64 if double else torch.float32
+
+
+def check_device(transition: Transition, name: str, device: torch.device) -> None:
+    """Raises: ValueError, for one that cannot be used with the argument `name`, which is on
+    `device`. Numbers of a whole batch may be on the CPU."""
+    for field in transition[:5]:
+        if field.device != device and (field.dim() or field.device.type != "cpu"):
+            raise ValueError(
+                f"{name} is on {device}, but the transition is on {field.device}; expected one "
+                f"device: transition.to({str(device)!r})"
+            )
 
 
 def _spread(field: Tensor, x: Tensor, work: torch.dtype) -> Tensor:

@@ -13,6 +13,7 @@ from fastpref_kernels.steps import DT, OF_STEP
 
 from .batch import DTYPES, Batch, Halves, Scalar, tensor_of
 from .dispatch import Impl, MissingReference, Reduction
+from .gaussians import check_device
 from .grouped import run
 from .outputs import StepOutput
 from .rows import STEP_NAMES, Names, check_groups, check_pairs_of_steps
@@ -70,6 +71,7 @@ def step_loss(
         model_pred, x_next, old_pred, old_log_prob, knobs.get("mask"), 1,
         base=tensor_of("x", x, 2, DTYPES), anchor=ref_pred, names=STEP_NAMES,
     )  # fmt: skip
+    check_device(transition, "model_pred", batch.device)
     numbers = {**numbers, **_numbers_of(transition, batch)}
     loss, stats, options = _run(link, batch, transition, numbers, StepKnobs, {**knobs})
     log_ratio, clipped, kl = scores_of(stats, options, batch)
@@ -103,6 +105,7 @@ def pair_step_loss(
     batch = check_pairs_of_steps(
         model_pred, x_next, x, ref_pred, ref_log_prob, knobs.get("mask"), names
     )
+    check_device(transition, "model_pred", batch.device)
     of_each: dict[str, Scalar] = {}
     for name, number in _numbers_of(transition, batch).items():
         split = isinstance(number, Tensor) and number.dim() == 1 and len(number) != batch.n_groups
@@ -137,6 +140,10 @@ def check_transition(transition: Any) -> None:
             "transition must be a fastpref.transitions.Transition, got a "
             f"{type(transition).__name__}"
         )
+    for name, field in zip(Transition._fields[:5], transition, strict=False):
+        if not isinstance(field, Tensor):
+            what = type(field).__name__
+            raise TypeError(f"transition.{name} must be a torch.Tensor, got a {what}")
     if not isinstance(transition.normalized, bool):
         raise TypeError(
             "transition.normalized must be True or False, got a "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -333,7 +334,12 @@ def test_mixed_steps(name: str) -> None:
     assert torch.equal(mixed.select([3, 1]).std, mixed.std[[3, 1]])
     assert torch.equal(mixed.select(torch.tensor([True, False, False, True])).b, mixed.b[[0, 3]])
     assert mixed.select(2).b.shape == ()
-    assert whole[0].select([5]) is whole[0]
+    assert all(map(operator.is_, whole[0].select([5])[:5], whole[0][:5]))
+    of_both = mixed._replace(a=whole[0].a)
+    assert of_both.select([3, 1]).a is whole[0].a
+    assert torch.equal(of_both.select([3, 1]).std, mixed.std[[3, 1]])
+    with pytest.raises(TypeError):
+        mixed.to(torch.bfloat16)  # type: ignore[arg-type]
     assert mixed.to("meta").weight.device.type == "meta"
     assert mixed.to("cpu").normalized == mixed.normalized
 
@@ -701,6 +707,10 @@ def scheduler_with(**changes: Any) -> SimpleNamespace:
         (
             euler_ancestral, scheduler_with(sigmas=ANCESTRAL, num_inference_steps=None), 0, {},
             ValueError, "set_timesteps was called",
+        ),
+        (
+            euler_ancestral, scheduler_with(sigmas=SIGMAS, timesteps=SIGMAS[:-1]), 1, {},
+            ValueError, "sigmas from 1 to .*, those of a flow model",
         ),
     ],
 )  # fmt: skip
