@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from .context import readable
+
 
 class LossOutput(NamedTuple):
     """What losses on pairs return, for B of them. Only `loss` carries a gradient: to add a term of
@@ -187,7 +189,7 @@ class StepOutput(NamedTuple):
         """The means of a batch, detached: loss; ratio, its standard deviation ratio_std, and the
         farthest a ratio is from 1, ratio_off; clip_fraction; approx_kl, mean(log_ratio^2) / 2; and
         kl, margin and accuracy where there are such. gather, as_floats: as in
-        `LossOutput.metrics`; averaged over processes, ratio_std is within each."""
+        `LossOutput.metrics`; gathered, ratio_std and ratio_off are means of the processes' own."""
         off = torch.expm1(self.log_ratio)
         metrics = {
             "loss": self.loss.detach().mean(),
@@ -209,9 +211,12 @@ class StepOutput(NamedTuple):
         none: ratio, ratio_std, clip_fraction, approx_kl, and kl where there is one. Nothing waits
         for the device.
 
-        step: (B,), or (2B,) of pairs, integers: at which step a sample, or a pair, is.
+        step: (B,), or (2B,) of pairs, integers from 0 to n_steps - 1, on the output's device: at
+            which step a sample, or a pair, is.
+
+        Raises: ValueError; for steps out of range where they are on the CPU.
         """
-        step = _steps_of("step", step, len(self.log_ratio), self.margin is not None)
+        step = _steps_of("step", step, n_steps, self.log_ratio, self.margin is not None)
 
         def mean(values: Tensor) -> Tensor:
             at = step[: len(values)]
@@ -229,8 +234,9 @@ class StepOutput(NamedTuple):
         return found if self.kl is None else {**found, "kl": mean(self.kl)}
 
 
-def _steps_of(name: str, step: Tensor, rows: int, pairs: bool) -> Tensor:
+def _steps_of(name: str, step: Tensor, n_steps: int, like: Tensor, pairs: bool) -> Tensor:
     """Of each row, where pairs may share theirs."""
+    rows = len(like)
     integers = isinstance(step, Tensor) and not (
         step.is_floating_point() or step.is_complex() or step.dtype == torch.bool
     )
@@ -241,6 +247,10 @@ def _steps_of(name: str, step: Tensor, rows: int, pairs: bool) -> Tensor:
             what = f"a {step.dtype} tensor of shape {tuple(step.shape)}"
         needed = " or ".join(f"({n},)" for n in lengths)
         raise ValueError(f"{name} is {what}; expected integers of shape {needed}")
+    if step.device != like.device:
+        raise ValueError(f"{name} is on {step.device}; expected {like.device}, log_ratio's device")
+    if readable(step) and (outside := [i for i in step.tolist() if not 0 <= i < n_steps]):
+        raise ValueError(f"{name} contains {outside[0]}; expected 0 to {n_steps - 1}")
     return step.long() if len(step) == rows else step.long().repeat(2)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import fastpref
+from fastpref.transitions import Transition
 
 X = torch.zeros(4, 3)
 
@@ -245,6 +246,44 @@ def test_messages_of_what_takes_errors_and_scores() -> None:
         fastpref.smoothed_preference(errors, 0.2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"high is 0\.1 and low is 0\.2"):
         fastpref.smoothed_preference(errors, errors, low=0.2, high=0.1)
+
+
+STEP = Transition(*torch.ones(5))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change", "options"),
+    [
+        (TypeError, "transition.a must be a torch.Tensor, got a float", {"a": 1.0}, {}),
+        (ValueError, "model_pred is on cpu, but the transition is on meta; .*to\\('cpu'\\)",
+         {"b": torch.ones(4, device="meta")}, {}),
+        (ValueError, "divergence_limit was given, but variant is 'clip'", {},
+         {"divergence_limit": 1e-3}),
+        (ValueError, "divergence_limit was given, but variant is 'guard'", {},
+         {"variant": "guard", "divergence_limit": torch.tensor(1e-5)}),
+    ],
+)  # fmt: skip
+def test_messages_of_losses_on_steps(
+    error: type[Exception], message: str, change: Any, options: Any
+) -> None:
+    with pytest.raises(error, match=message):
+        fastpref.grpo_loss(X, X, X, X, STEP._replace(**change), 1.0, **options)
+
+
+def test_times_of_the_forward_process_are_no_timesteps() -> None:
+    with pytest.raises(ValueError, match=r"t contains 500.0; expected a number in \[0, 1\]"):
+        fastpref.nft_loss(X, X, X, 0.5, t=torch.tensor([500.0, 1.0, 1.0, 1.0]))
+
+
+def test_steps_that_metrics_are_split_by() -> None:
+    out = fastpref.grpo_loss(X, X, X, X, STEP, 1.0)
+    for step, message in (
+        (torch.tensor([0, 1, 2, 3]), "step contains 3; expected 0 to 2"),
+        (torch.tensor([0, -1, 2, 1]), "step contains -1; expected 0 to 2"),
+        (torch.zeros(4, dtype=torch.int64, device="meta"), "step is on meta; expected cpu"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            out.by_step(step, 3)
 
 
 def test_modules_refuse_what_their_loss_does_not_take() -> None:

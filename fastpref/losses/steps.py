@@ -8,7 +8,7 @@ formulas log_ratio is log(p(x_next | x) / p_old(x_next | x)), means over a sampl
 
 with weight = 1 / (2 std^2), 1 for CPS. As a product it is exactly 0, and the ratio 1, where
 model_pred equals old_pred. The published codes subtract two log-probabilities, which in fp32 is off
-by 9e-9 to 2e-7 (benchmarks/precision.py), while clips in use are 1e-3 to 2e-6.
+by 9e-9 to 2e-7 (benchmarks/results/precision-steps.csv), while clips in use are 1e-3 to 2e-6.
 Log-probabilities that a framework stored are taken in place of predictions, at that precision.
 
 Every function returns a StepOutput (`nft_loss` a ForwardOutput), runs in one launch each way, and
@@ -19,7 +19,7 @@ may be a float, a 0-d tensor or a (B,) tensor, those of a transition too. A step
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -36,6 +36,7 @@ from fastpref_kernels.steps import (
 
 from ..batch import Halves, Scalar
 from ..dispatch import MissingReference
+from ..gaussians import Kind
 from ..grouped import run
 from ..outputs import ForwardOutput, StepOutput
 from ..rows import STEP_NAMES, Names, check_groups
@@ -50,9 +51,7 @@ from ..stepwise import (
 from ..transitions import Transition
 
 GRPOVariant: TypeAlias = Literal["clip", "guard", "dppo"]
-KLUnit: TypeAlias = Literal["v", "x", "gaussian", "published"]
-
-_KL_UNITS = ("v", "x", "gaussian", "published")
+KLUnit: TypeAlias = Kind
 
 
 def grpo_loss(
@@ -82,7 +81,8 @@ def grpo_loss(
         loss = max(-A * ratio, -A * clip(ratio)) + kl_weight * kl
 
     "guard" (GRPO-Guard) has in place of log_ratio its part that is linear in the prediction, times
-    std, which is mean(z * b * (pred - old_pred)), and divides the clipped loss by dt::
+    std, which is mean(z * b * (pred - old_pred)), and divides the clipped loss by dt. (With the
+    weight of 1 that CPS has as published, it is the formula, but not linear.) ::
 
         log_ratio = std * (log_ratio + mean((b * (pred - old_pred))^2) / (2 * std^2))
 
@@ -128,8 +128,8 @@ def grpo_loss(
     """
     if variant not in GRPO:
         raise ValueError(f"variant is {variant!r}; expected one of {', '.join(GRPO)}")
-    if kl not in _KL_UNITS:
-        raise ValueError(f"kl is {kl!r}; expected one of {', '.join(_KL_UNITS)}")
+    if kl not in get_args(KLUnit):
+        raise ValueError(f"kl is {kl!r}; expected one of {', '.join(get_args(KLUnit))}")
     if variant != "clip" and old_pred is None:
         raise MissingReference(
             f"old_pred is missing; variant {variant!r} needs it, old_log_prob is not enough"
@@ -139,6 +139,8 @@ def grpo_loss(
     numbers: dict[str, Any] = {"advantage": advantage, "divergence_limit": divergence_limit}
     if variant == "dppo":
         _refuse_clips(clip_range, clip_range_high, advantage_clip)
+    elif isinstance(divergence_limit, Tensor) or divergence_limit != 1e-5:
+        raise ValueError(f'divergence_limit was given, but variant is {variant!r}, not "dppo"')
     else:
         numbers |= _clips(clip_range, clip_range_high, advantage_clip)
     numbers |= _kl_in(kl, kl_weight, transition)

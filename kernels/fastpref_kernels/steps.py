@@ -362,7 +362,7 @@ def _nft(sums, cross, scalars, batch):
         return value, (slopes,), (margin, none)
 
 
-_OF_NFT = {"reward": Hyper(None, UNIT), "t": Hyper(1.0, NOT_NEGATIVE), "beta": Hyper(1.0)}
+_OF_NFT = {"reward": Hyper(None, UNIT), "t": Hyper(1.0, UNIT), "beta": Hyper(1.0)}
 
 
 def _nft_of(mixed: str, kl: bool) -> Group:
