@@ -1100,6 +1100,13 @@ def test_nft_of_predictions_at_the_target(impl: str, device: torch.device) -> No
     assert not got.grad.any()
 
 
+def test_nft_of_predictions_near_the_target(device: torch.device) -> None:
+    """Whose weights are held at 1e-5, in some samples by their t alone."""
+    given = velocities("nft", device)
+    off, moved = 2e-5 * (given.old - given.target), 1e-5 * (given.pred - given.old)
+    check_nft("nft", Velocities(off + moved, torch.zeros_like(off), off, None))
+
+
 @each_impl
 def test_nft_leaves_out_what_has_no_weight(impl: str, device: torch.device) -> None:
     given = velocities("nft_kl", device)
