@@ -72,14 +72,75 @@ def loss_of(batch: Batch, options: Options) -> tuple[Tensor, Tensor]:
 def errors_of(batch: Batch, options: Options) -> list[Tensor]:
     """(B,) each: the members' errors and, with a reference, their gaps; differentiable."""
     dtype = torch.float64 if batch.is_fp64 else torch.float32
-    everything = Live((True, True), (True, True), (False, False))
     with no_autocast(batch.device):
         options = options._replace(huber_c=cast(options.huber_c, dtype))
-        kinds, _ = sums_differentiably(batch, options, everything, dtype)
-    return [row for kind in kinds[:2] for row in kind.unbind()]
+        if batch.intercepted or transformed():
+            kinds = _errors_differentiably(batch, options)
+        else:
+            kinds = _Errors.apply(*batch.pred, batch, options)
+    return [row for kind in kinds for row in kind.unbind()]
+
+
+def _errors_differentiably(batch: Batch, options: Options) -> tuple[Tensor, ...]:
+    """Errors and gaps, (2, B) each."""
+    dtype = torch.float64 if batch.is_fp64 else torch.float32
+    everything = Live((True, True), (True, True), (False, False))
+    return tuple(sums_differentiably(batch, options, everything, dtype)[0][:2])
 
 
 _OPERANDS = ("pred", "target", "ref", "mask", "base", "anchor")  # of a Batch
+
+
+def _save(ctx: Any, batch: Batch, options: Options, diff: Tensor | None = None) -> None:
+    absent: dict[str, Any] = dict.fromkeys(_OPERANDS, (None, None))
+    ctx.batch, ctx.options = batch._replace(**absent), options
+    # Autograd sees it if somebody changes a constant.
+    each = [t for name in _OPERANDS for t in getattr(batch, name)]
+    numbers = [n for n in (options.huber_c, *batch.affine) if isinstance(n, Tensor)]
+    ctx.save_for_backward(diff, *each, *numbers)
+    ctx.set_materialize_grads(False)
+
+
+def _saved(ctx: Any) -> tuple[Batch, Tensor | None]:
+    diff, *saved = ctx.saved_tensors[: 1 + 2 * len(_OPERANDS)]
+    pairs = zip(saved[::2], saved[1::2], strict=True)
+    return ctx.batch._replace(**dict(zip(_OPERANDS, pairs, strict=True))), diff
+
+
+def _differentiates_again(grad: Tensor) -> bool:
+    """By create_graph=True, is_grads_batched=True or a transform."""
+    again = torch.is_grad_enabled() or _functorch.is_legacy_batchedtensor(grad)
+    return again or transformed()
+
+
+class _Errors(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, pred: Tensor, pred_l: Tensor | None, batch: Batch, options: Options
+    ) -> tuple[Tensor, ...]:
+        dtype = torch.float64 if batch.is_fp64 else torch.float32
+        _save(ctx, batch._replace(pred=(pred, pred_l)), options)
+        sides = sides_of(batch, options)
+        return tuple(of_members([_sums(side, options, dtype) for side in sides])[:2])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        given = [grad for grad in grads if grad is not None]
+        if not given:
+            return (None,) * 4
+        given = [grad.clone() if grad._is_zerotensor() else grad for grad in given]  # no memory
+        batch, _ = _saved(ctx)
+        needed = ctx.needs_input_grad[:2]
+        with no_autocast(batch.device):
+            if any(map(_differentiates_again, given)):
+                with torch.enable_grad():
+                    kinds = _errors_differentiably(batch, ctx.options)
+                each = [k for k, grad in zip(kinds, grads, strict=True) if grad is not None]
+                made = _by_autograd(each, batch, given, needed)
+            else:
+                factors = given[0] if len(given) == 1 else given[0] + given[1]
+                made = _closed_form(batch, ctx.options, factors[None], needed)
+        return *made, None, None
 
 
 class _ClosedForm(torch.autograd.Function):
@@ -103,14 +164,8 @@ class _ClosedForm(torch.autograd.Function):
             factors = torch.stack([torch.stack([none + s for s in each]) for each in slopes])
             ctx.factors = torch.where(factors == 0.0, 0.0, factors * shares)
             made = stats_of(kinds, cross, scores)
-        absent: dict[str, Any] = dict.fromkeys(_OPERANDS, (None, None))
-        ctx.batch, ctx.options = batch._replace(**absent), options  # autograd saves those
-        # The constants are for autograd to see if somebody changes them.
-        of_batch = [t for name in _OPERANDS[1:] for t in getattr(batch, name)]
-        numbers = [n for n in (options.huber_c, *batch.affine) if isinstance(n, Tensor)]
-        ctx.save_for_backward(diff, pred, pred_l, *of_batch, *numbers)
+        _save(ctx, batch._replace(pred=(pred, pred_l)), options, diff)
         ctx.mark_non_differentiable(made)
-        ctx.set_materialize_grads(False)
         return loss, made
 
     @staticmethod
@@ -120,18 +175,12 @@ class _ClosedForm(torch.autograd.Function):
         if grad_loss._is_zerotensor():  # it has no memory
             grad_loss = grad_loss.clone()
         needed = ctx.needs_input_grad[:2]
-        diff, *saved = ctx.saved_tensors[: 1 + 2 * len(_OPERANDS)]
-        pairs = zip(saved[::2], saved[1::2], strict=True)
-        batch = ctx.batch._replace(**dict(zip(_OPERANDS, pairs, strict=True)))
+        batch, diff = _saved(ctx)
         with no_autocast(batch.device):
-            if (
-                torch.is_grad_enabled()  # create_graph=True
-                or _functorch.is_legacy_batchedtensor(grad_loss)  # is_grads_batched=True
-                or transformed()
-            ):
+            if _differentiates_again(grad_loss):
                 grads = _again(batch, ctx.options, grad_loss, needed)
             elif diff is not None and readable(grad_loss):
-                grads = [_of_small(diff, saved[0], ctx.options, ctx.factors, grad_loss), None]
+                grads = [_of_small(diff, batch, ctx.options, ctx.factors, grad_loss), None]
             else:
                 factors = ctx.factors
                 if isinstance(factors, list):
@@ -190,9 +239,11 @@ def _per_pair(scalar: Scalar, n_pairs: int) -> list[float]:
 
 
 def _of_small(
-    diff: Tensor, pred: Tensor, options: Options, factors: list[float], grad_loss: Tensor
+    diff: Tensor, batch: Batch, options: Options, factors: list[float], grad_loss: Tensor
 ) -> Tensor:
     """The gradient as `_closed_form` has it, of (members, B, elements) differences."""
+    pred, _ = batch.pred
+    assert pred is not None
     scale = 2.0 / diff.shape[2] if options.error_reduction == "mean" else 2.0
     of_loss = grad_loss.tolist()
     of_pairs = of_loss if grad_loss.dim() else [of_loss] * diff.shape[1]
@@ -300,11 +351,18 @@ def _again(
     batch: Batch, options: Options, grad_loss: Tensor, needed: tuple[bool, bool]
 ) -> list[Tensor | None]:
     """The gradient with a graph of its own."""
-    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         loss, _ = loss_differentiably(batch, options)
+    return _by_autograd([loss], batch, [grad_loss], needed)
+
+
+def _by_autograd(
+    values: list[Tensor], batch: Batch, grads: list[Tensor], needed: tuple[bool, bool]
+) -> list[Tensor | None]:
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
         given = [t for t, need in zip(batch.pred, needed, strict=True) if need and t is not None]
-        found = iter(torch.autograd.grad(loss, given, grad_loss, create_graph=create_graph))
+        found = iter(torch.autograd.grad(values, given, grads, create_graph=create_graph))
     return [next(found) if need else None for need in needed]
 
 
