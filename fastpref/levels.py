@@ -131,13 +131,13 @@ def knob(name: str, value: object, most: float = math.inf) -> float:
 def step_index(step: object, n_steps: int) -> Tensor:
     """Which steps, () or (B,) int64, on the device where they came; checked where that is cheap."""
     if isinstance(step, numbers.Integral) and not isinstance(step, bool):
-        index = torch.tensor(int(step))
+        index = torch.tensor(int(step), device="cpu")
     elif isinstance(step, Tensor):
         index = step
     elif isinstance(step, Sequence) and not isinstance(step, (str, bytes)):
         if not all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in step):
             raise TypeError(f"step contains {step!r}; expected ints")
-        index = torch.tensor([int(i) for i in step], dtype=torch.int64)
+        index = torch.tensor([int(i) for i in step], dtype=torch.int64, device="cpu")
     else:
         raise TypeError(
             f"step must be an int, or a tensor or sequence of them, got a {type(step).__name__}"

@@ -31,7 +31,7 @@ INTERPRETED = not TRITON_MISSING and launch.INTERPRETED
 
 # constants: both tensors of target, ref, mask, base and anchor. n_groups: where pred does not tell.
 _OPERANDS = "Tensor pred, Tensor? pred_l, Tensor?[] constants"
-_NUMBERS = "float? huber_c, Tensor? huber_t, float[] affine, Tensor?[] affine_t, int? n_groups"
+_NUMBERS = "float? huber_c, Tensor? huber_t, float[] affine, Tensor?[] affine_t, SymInt? n_groups"
 
 
 def loss_of(batch: Batch, options: Options) -> tuple[Tensor, Tensor]:

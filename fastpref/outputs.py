@@ -163,7 +163,7 @@ class StepOutput(NamedTuple):
 
     loss: (), or (B,) for reduction="none".
     log_ratio: (B,), of pairs (2B,) with the winners' first: log of the policy's probability of the
-        step over that of the old policy or reference.
+        step over that of the old policy or reference; GRPO-Guard's own log-ratio for "guard".
     clipped: shaped as log_ratio: 1 where the ratio is out of bounds, or the sample dropped, and so
         has no gradient (in `sdpo_loss` unless the square of the unclipped difference is larger).
     kl: (B,) divergence from a reference, where the loss has one.

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastpref
 from fastpref.dispatch import Impl
@@ -297,3 +298,21 @@ def test_a_transition_that_changes_before_backward_is_noticed(
     getattr(transition, field).mul_(2.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.loss.backward()
+
+
+def test_shared_predictions_compile_for_any_batch(device: torch.device) -> None:
+    def loss(pred: Tensor, old: Tensor, x: Tensor, x_next: Tensor) -> Tensor:
+        step = Transition(*torch.ones(5, device=device))
+        return fastpref.step_dpo_loss(pred, old, x, x_next, step, beta=9.0, impl="triton").loss
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for n in (2, 3, 4, 5):
+        old, x, pred = torch.randn(3, n, 6, device=device)
+        given = (pred.requires_grad_(), old, x, torch.randn(2 * n, 6, device=device))
+        wanted, found = loss(*given), compiled(*given)
+        assert torch.equal(found, wanted)
+        grads = (torch.autograd.grad(each, pred)[0] for each in (wanted, found))
+        assert torch.equal(*grads)
+    assert counter.frame_count == 2  # for the first size, and for all

@@ -724,6 +724,15 @@ def test_bad_input_to_builders(
         build(schedule, step, **options)
 
 
+def test_steps_are_read_whatever_the_default_device() -> None:
+    with torch.device("meta"):
+        assert torch.equal(
+            flow_sde(SIGMAS, [1, 2]).a, flow_sde(SIGMAS, SIGMAS.new_tensor([1, 2]).int()).a
+        )
+        with pytest.raises(ValueError, match="step contains 5; expected 0 to 4"):
+            flow_sde(SIGMAS, 5)
+
+
 def test_bad_input_to_methods() -> None:
     step: Any = flow_sde(SIGMAS, [1, 2])
     x, pred, old, after = draw(4, 2, 3)

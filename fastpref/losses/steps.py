@@ -13,8 +13,8 @@ Log-probabilities that a framework stored are taken in place of predictions, at 
 
 Every function returns a StepOutput (`nft_loss` a ForwardOutput), runs in one launch each way, and
 raises a TypeError or ValueError that names the argument, what came and what is needed. Each number
-may be a float, a 0-d tensor or a (B,) tensor, those of a transition too. A step without noise, std
-= 0, adds exactly 0 to loss and gradient, and counts in the mean.
+may be a float, a 0-d tensor or a (B,) tensor; those of a transition are tensors. A step without
+noise, std = 0, adds exactly 0 to loss and gradient, and counts in the mean.
 """
 
 from __future__ import annotations
