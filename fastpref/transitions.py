@@ -155,8 +155,8 @@ def cps(
 
     As published, its log-probability is -mean((x' - mu)^2), without 1 / (2 std^2) and normaliser:
     weight is 1 and normalized False. For that of the Gaussian,
-    ``t._replace(weight=0.5 / t.std**2, normalized=True)``. (The KL divergence "published" is for the
-    step as it comes; after that it would be times dt.)
+    ``t._replace(weight=0.5 / t.std**2, normalized=True)``. (The KL divergence "published" is for
+    the step as it comes; after that it would be times dt.)
 
     Args:
         noise_level: in [0, 1].

@@ -516,25 +516,24 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def far_apart(tensor: Tensor) -> Tensor:
-    """Rows 2^31 elements apart, as of trajectories that are stacked, in memory that is never
+@pytest.mark.parametrize("far", ["pred", "old", "x", "x_next"])
+def test_offsets_beyond_32_bits(far: str, device: torch.device) -> None:
+    """Rows 2^31 elements apart, as those of stacked trajectories may be, in memory that is never
     touched."""
-    strides = (2**31 + 32, *tensor.stride()[1:])
-    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
-
-
-@pytest.mark.parametrize("name", ["guard_kl", "pso"])
-def test_offsets_beyond_32_bits(name: str, device: torch.device) -> None:
-    if device.type != "cpu":
-        pytest.skip("memory that is never touched is a CPU's")
-    case = CASES[name]
-    given = draw(case, device)
-    dense = call(case, given, "triton")
-    fields = ("pred", "other", "x", "x_next", "anchor")
-    moved = {f: far_apart(t) for f in fields if (t := getattr(given, f)) is not None}
-    got = call(case, given._replace(**moved), "triton")
-    assert torch.equal(got.out.loss, dense.out.loss)
-    assert torch.equal(got.grad, dense.grad)
+    drawn = torch.randn(4, 2, 5, generator=torch.Generator().manual_seed(0)).to(device, BF16)
+    tensors = dict(zip(("pred", "old", "x", "x_next"), drawn, strict=True))
+    big = torch.empty_strided((2, 5), (2**31 + 32, 1), dtype=BF16, device=device)
+    results = []
+    for given in (tensors, tensors | {far: big.copy_(tensors[far])}):
+        pred = given["pred"].requires_grad_()
+        step = steps_of("flow_sde", torch.tensor([2, 5]), device)
+        advantage = torch.tensor([1.0, -0.5], device=device)
+        out = fastpref.grpo_loss(
+            pred, given["old"], given["x"], given["x_next"], step, advantage, impl="triton"
+        )
+        results.append((out.loss, *torch.autograd.grad(out.loss, pred)))
+    for got, wanted in zip(*results, strict=True):
+        assert torch.equal(got, wanted)
 
 
 @each_impl
