@@ -19,6 +19,7 @@ from .linked import linked, reduced
 from .sums import (
     Options,
     Side,
+    cast_side,
     cross_of,
     gaps,
     mixed,
@@ -128,9 +129,8 @@ def _gated_sums(
 ) -> list[Tensor]:
     """As `reference._sums`. Gradients go by the errors, by the gaps and by the drifts of the rows
     in which these are live. What is mixed is a constant."""
-    pred, target = side.pred.to(dtype), side.target.to(dtype)
-    ref = None if side.ref is None else side.ref.to(dtype)
-    anchor = None if side.anchor is None else side.anchor.to(dtype)
+    side = cast_side(side, dtype)
+    pred, target, ref, anchor = side.pred, side.target, side.ref, side.anchor
     of_ref = [] if ref is None or ref.dim() == 2 else [ref]
     of_anchor = [] if anchor is None else [anchor]
     if side.mask is not None:  # what it hides may be anything, NaN too

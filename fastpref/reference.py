@@ -285,36 +285,51 @@ def _closed_form(
         else:
             rows = grad.view(side.pred.shape) if not batch.listed else _listed(grad, side.pred, n)
         made.append(rows)
-        first, *others = factors if len(sides) == 1 else factors[:, i : i + 1]
-        factor = _scaled(first, side, options, 1.0 if options.huber_c is not None else 2.0)
-        factor = broadcast(factor, rows)
-        plain = side.mask is None and options.huber_c is None
-        if plain and not others:
-            if rows.dtype == factor.dtype:
-                off = torch.sub(side.pred.to(factor.dtype), side.target, out=rows)
-            else:
-                off = side.pred.to(factor.dtype).sub_(side.target)
-            off.mul_(factor)
-            if _may_be_0(factor):
-                off.masked_fill_(factor == 0, 0.0)
-            if off is not rows:
-                rows.copy_(off)
-            continue
-        cast = cast_side(side, factor.dtype)
-        diff = _off(cast.pred, cast.target, side.mask)
-        if options.huber_c is not None:
-            diff = over(diff, root(diff, side.huber_c))
-        total = _product(factor, diff if side.mask is None else side.mask * diff)
-        towards = ([cast.ref] if options.needs[0] else []) + [cast.anchor]
-        for slopes, other in zip(others, towards, strict=False):
-            assert other is not None
-            factor = broadcast(_scaled(slopes, side, options, 2.0), rows)
-            moved = _off(cast.pred, other, side.mask)
-            total = total + _product(factor, moved if side.mask is None else side.mask * moved)
-        rows.copy_(total)
+        of_side = factors if len(sides) == 1 else factors[:, i : i + 1]
+        if _is_large(side) and not _is_product(side, of_side):
+            for j, part in enumerate(samples(side)):
+                at = [slice(k, k + 1) for k in divmod(j, n)]
+                _fill(rows[at[0], at[1]], part, of_side[:, at[0], at[1]], options)
+        else:
+            _fill(rows, side, of_side, options)
     if batch.shares_pred and grads[0] is not None:
         grads[0].copy_(torch.cat(made).sum(0).view(grads[0].shape))
     return grads
+
+
+def _is_product(side: Side, factors: Tensor) -> bool:
+    """Whether the gradient is a factor times pred - target, as it is given."""
+    return side.mask is None and side.huber_c is None and side.base is None and len(factors) == 1
+
+
+def _fill(rows: Tensor, side: Side, factors: Tensor, options: Options) -> None:
+    """Writes the gradients of some samples."""
+    first, *others = factors
+    factor = _scaled(first, side, options, 1.0 if options.huber_c is not None else 2.0)
+    factor = broadcast(factor, rows)
+    if _is_product(side, factors):
+        if rows.dtype == factor.dtype:
+            off = torch.sub(side.pred.to(factor.dtype), side.target, out=rows)
+        else:
+            off = side.pred.to(factor.dtype).sub_(side.target)
+        off.mul_(factor)
+        if _may_be_0(factor):
+            off.masked_fill_(factor == 0, 0.0)
+        if off is not rows:
+            rows.copy_(off)
+        return
+    cast = cast_side(side, factor.dtype)
+    diff = _off(cast.pred, cast.target, side.mask)
+    if options.huber_c is not None:
+        diff = over(diff, root(diff, side.huber_c))
+    total = _product(factor, diff if side.mask is None else side.mask * diff)
+    towards = ([cast.ref] if options.needs[0] else []) + [cast.anchor]
+    for slopes, other in zip(others, towards, strict=False):
+        assert other is not None
+        factor = broadcast(_scaled(slopes, side, options, 2.0), rows)
+        moved = _off(cast.pred, other, side.mask)
+        total = total + _product(factor, moved if side.mask is None else side.mask * moved)
+    rows.copy_(total)
 
 
 def _product(factor: Tensor, rows: Tensor) -> Tensor:
@@ -376,7 +391,7 @@ def _sums(side: Side, options: Options, dtype: torch.dtype) -> list[Tensor]:
     if _is_large(side):
         each = [_sums(sample, options, dtype) for sample in samples(side)]
         return [torch.cat(kind).view(shape) for kind in zip(*each, strict=True)]
-    pred, target, ref, mask, huber_c, mix, anchor = cast_side(side, dtype)
+    pred, target, ref, mask, huber_c, mix, anchor, *_ = cast_side(side, dtype)
 
     def of_samples(elements: Tensor) -> Tensor:
         return per_sample(elements, side, options.error_reduction)
@@ -401,8 +416,8 @@ def _sums(side: Side, options: Options, dtype: torch.dtype) -> list[Tensor]:
 
 
 def _is_large(side: Side) -> bool:
-    pred = side.pred
-    return pred.numel() > LARGE and pred.device.type == "cpu" and pred.shape[:2].numel() > 1
+    pred, most = side.pred, LARGE if side.base is None else LARGE // 4
+    return pred.numel() > most and pred.device.type == "cpu" and pred.shape[:2].numel() > 1
 
 
 def _is_plain(side: Side) -> bool:
@@ -417,6 +432,8 @@ def _plain_sums(
 ) -> tuple[list[list[float]], Tensor | None]:
     """`_sums` on a CPU, S * B numbers of each kind, with few passes over the memory; and of small
     tensors pred - target."""
+    if side.base is not None:
+        side = cast_side(side, dtype)
     pred, target, ref = side.pred.to(dtype), side.target, side.ref
     size = pred.shape[2:].numel() if options.error_reduction == "mean" else 1
 

@@ -51,8 +51,8 @@ def cast(scalar: Any, dtype: torch.dtype) -> Any:
 
 class Side(NamedTuple):
     """Some samples of every group, (S, B, ...): all members, or of pairs one, S = 1. What a group
-    shares is (1, B, ...), its predictions expanded. ref may also be errors, (S, B). huber_c, mix: a
-    number, or (S or 1, B)."""
+    shares is (1, B, ...), its predictions expanded. ref may also be errors, (S, B). huber_c, mix,
+    affine: numbers, or (S or 1, B); see `Batch` for base and affine."""
 
     pred: Tensor
     target: Tensor
@@ -61,6 +61,8 @@ class Side(NamedTuple):
     huber_c: Any = None
     mix: Any = None
     anchor: Tensor | None = None
+    base: Tensor | None = None
+    affine: tuple[Any, ...] = ()
 
 
 def sides_of(batch: Batch, options: Options) -> list[Side]:
@@ -87,11 +89,7 @@ def _side(rows: list[Tensor | None], numbers: list[Any], batch: Batch, members: 
     assert target is not None
     if batch.shares_pred:
         pred = pred.expand(members, *pred.shape[1:])
-    if base is not None:
-        dtype = torch.float64 if batch.is_fp64 else torch.float32
-        a, b = (broadcast(number, base) for number in affine)
-        target = (target.to(dtype) - a * base.to(dtype)) / b
-    return Side(pred, target, ref, mask, huber_c, mix, anchor)
+    return Side(pred, target, ref, mask, huber_c, mix, anchor, base, tuple(affine))
 
 
 def _rows_of(number: Any, batch: Batch) -> Any:
@@ -127,6 +125,8 @@ def samples(side: Side) -> list[Side]:
         for b in range(side.pred.shape[1]):
 
             def one(t: Any, s: int = s, b: int = b) -> Any:
+                if isinstance(t, tuple):
+                    return tuple(map(one, t))
                 if not isinstance(t, Tensor) or t.dim() == 0:
                     return t
                 return t[slice(s, s + 1) if len(t) > s else slice(None), b : b + 1]
@@ -136,10 +136,16 @@ def samples(side: Side) -> list[Side]:
 
 
 def cast_side(side: Side, dtype: torch.dtype) -> Side:
+    """In a dtype, with the target that base and affine make of it."""
     pred, target, ref, anchor = (
         t if t is None or t.dtype == dtype else t.to(dtype) for t in (*side[:3], side.anchor)
     )
-    return side._replace(pred=pred, target=target, ref=ref, anchor=anchor)  # type: ignore[arg-type]
+    assert pred is not None
+    assert target is not None
+    if side.base is not None:
+        a, b = (broadcast(number, side.base) for number in side.affine)
+        target = (target - a * side.base.to(dtype)) / b
+    return side._replace(pred=pred, target=target, ref=ref, anchor=anchor, base=None)
 
 
 def per_sample(elements: Tensor, side: Side, error_reduction: str) -> Tensor:
@@ -219,7 +225,12 @@ def cross_of(sides: Sequence[Side], error_reduction: str, dtype: torch.dtype, sw
 
 
 def _member(side: Side, s: int) -> Side:
-    return Side(*[t if t is None or len(t) == 1 else t[s : s + 1] for t in side[:4]])  # type: ignore[arg-type]
+    def one(t: Any) -> Any:
+        if isinstance(t, tuple):
+            return tuple(map(one, t))
+        return t[s : s + 1] if isinstance(t, Tensor) and t.dim() and len(t) > 1 else t
+
+    return Side(*map(one, side))
 
 
 def of_members(sums: Sequence[Sequence[Tensor]]) -> list[Tensor]:
