@@ -1,4 +1,4 @@
-"""Knows what guidance by two models does to reward and diversity, on the models of the study.
+"""What guidance by two models does to reward and diversity, on the models of the study.
 
 python examples/guidance_study.py --output_dir study    # 3 aligned models x 3 seeds
 """

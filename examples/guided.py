@@ -1,4 +1,4 @@
-"""Knows --guidance: how it is written, and how a second model for it is made of files."""
+"""The flag --guidance: how it is written, and how a second model for it is made of files."""
 
 from __future__ import annotations
 

@@ -92,15 +92,15 @@ class AnnealedGuidance:
             if p is not None:
                 raise ValueError(f"p is {p}, but schedule is a function; need no p with it")
             return
-        if schedule not in SCHEDULES:
+        if not isinstance(schedule, str) or schedule not in SCHEDULES:
             names = ", ".join(SCHEDULES)
             raise ValueError(f"schedule is {schedule!r}; need one of {names}, or a function")
         if p is None:
             self.p = DEFAULT_P.get(schedule)
         elif schedule not in DEFAULT_P:
             raise ValueError(f"p is {p}, but schedule is {schedule!r}; need power or step with it")
-        elif check_number("p", p) <= 0:
-            raise ValueError(f"p is {p}; need a number above 0")
+        elif check_number("p", p) <= 0 or (schedule == "step" and p >= 1):
+            raise ValueError(f"p is {p}; need a number above 0, and below 1 for step")
 
     def weight(self, i: int, n: int) -> float:
         """w at step i of n, counted from 0."""

@@ -108,7 +108,8 @@ def grpo_loss(
             means over elements, with the normalizer unless transition.normalized is False. Only
             "clip" can do with them.
         ref_pred: the frozen reference's prediction at x, for kl.
-        kl_weight: .04 (GenEval, OCR) to .004 (video) in Flow-GRPO, for "published".
+        kl_weight: .04 (GenEval, OCR) to .004 (video) in Flow-GRPO, which is for kl="published".
+            A weight goes with its unit: at sigma .5, "v" is some 60 times "published".
         kl: what the divergence from ref_pred is measured in: "v", mean((pred - ref_pred)^2), or
             "x", b^2 times that (Flow-Factory's v-based and x-based); "gaussian", that over 2 std^2,
             the KL divergence of the two steps; "published", dt times that, which Flow-GRPO's code
