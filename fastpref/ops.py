@@ -49,8 +49,12 @@ class _Loss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         link, scalars, huber, reduction, error_reduction, around = options
         huber_c, huber_t = (None, huber) if isinstance(huber, Tensor) else (huber, None)
-        n_groups = batch.n_groups if batch.shares_pred else None
-        affine, affine_t = _apart(batch.affine)
+        affine: list[float] = []
+        affine_t: list[Tensor | None] = []
+        n_groups = None
+        if batch.affine:  # of a step
+            affine, affine_t = _apart(batch.affine)
+            n_groups = batch.n_groups if batch.shares_pred else None
         if batch.intercepted:
             values, tensors = _apart([*scalars, *around.numbers()])
             there = "".join(str(int(number is not None)) for number in around[1:])
@@ -255,7 +259,7 @@ def _launch_backward(
 ) -> list[Tensor]:
     huber = huber_c if huber_t is None else huber_t
     target, ref, mask, base, anchor = zip(constants[::2], constants[1::2], strict=True)
-    more = _more(base, anchor, _together(affine, affine_t), None, n_groups)
+    more = _more(base, anchor, _together(affine, affine_t) if affine else (), None, n_groups)
     grads = launch.pair_backward(
         grad_loss, stats, (pred, pred_l), target, mask, huber, (need, need_l), link_of(link), ref,
         more,
