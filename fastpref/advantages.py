@@ -11,12 +11,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, distributed
 
+from .arguments import check_count, check_finite, check_number, dtype_of
 from .dense import anchor_step as anchor_step
 from .dense import check_rewards
 from .dense import dense_rewards as dense_rewards
 from .dense import discounted_returns as discounted_returns
-from .inversion import _count
-from .preferences import _check_finite, _check_number, _dtype
 
 Spread = Literal["group", "batch"]
 
@@ -67,14 +66,14 @@ def group_advantages(
     ids = _check_groups(groups, own)
     if std is not None and std not in get_args(Spread):
         raise ValueError(f'std is {std!r}; expected "group", "batch" or None')
-    eps = _check_number("eps", eps, from_0=True)
+    eps = check_number("eps", eps, from_0=True)
     value, start = own, 0
     joined = gather and distributed.is_available() and distributed.is_initialized()
     if joined and distributed.get_world_size() > 1:
         value, ids, start = _gathered(own, ids, apart=not isinstance(groups, Tensor))
-    _check_finite("rewards", value)
+    check_finite("rewards", value)
     if value.numel() == 0:
-        return own.to(_dtype(rewards))
+        return own.to(dtype_of(rewards))
     group = _numbered(ids)
     centered = _about_the_mean(value, group)
     if std is not None:
@@ -84,7 +83,7 @@ def group_advantages(
         )
         scale = _means(deviation.square(), of_whom)[of_whom].sqrt() + eps
         centered = centered / torch.where(scale == 0, 1.0, scale)
-    return centered[start : start + own.numel()].to(_dtype(rewards))
+    return centered[start : start + own.numel()].to(dtype_of(rewards))
 
 
 class PromptStatistics:
@@ -112,13 +111,13 @@ class PromptStatistics:
     """
 
     def __init__(self, buffer_size: int = 32, min_count: int = 16, eps: float = 1e-6) -> None:
-        self.buffer_size = _count("buffer_size", buffer_size)
-        self.min_count = _count("min_count", min_count)
+        self.buffer_size = check_count("buffer_size", buffer_size)
+        self.min_count = check_count("min_count", min_count)
         if self.min_count > self.buffer_size:
             raise ValueError(
                 f"min_count is {min_count}, but buffer_size is {buffer_size}; expected at most that"
             )
-        self.eps = _check_number("eps", eps, from_0=True)
+        self.eps = check_number("eps", eps, from_0=True)
         self._buffers: dict[Hashable, deque[Tensor]] = {}
 
     @torch.no_grad()
@@ -136,10 +135,10 @@ class PromptStatistics:
         """
         given = check_rewards(rewards, "(B,) or (B, steps)", 1, 2)
         value = given.to("cpu", torch.float64)
-        _check_finite("rewards", value)
+        check_finite("rewards", value)
         names = self._check_prompts(prompts, value)
         if not names:
-            return given.to(_dtype(rewards))
+            return given.to(dtype_of(rewards))
         rows: dict[Hashable, list[int]] = {}
         for i, name in enumerate(names):
             rows.setdefault(name, []).append(i)
@@ -152,7 +151,7 @@ class PromptStatistics:
             mean = shifted.mean(0)
             scale = (shifted - mean).square().mean(0).sqrt() + self.eps
             made[mine] = (base - mean) / torch.where(scale == 0, 1.0, scale)
-        return made.to(rewards.device, _dtype(rewards))
+        return made.to(rewards.device, dtype_of(rewards))
 
     def state_dict(self) -> dict[str, Any]:
         """{"rewards": {prompt: (n,) or (n, steps) fp64}}, oldest first."""
@@ -246,7 +245,7 @@ def _check_groups(groups: object, rewards: Tensor) -> Tensor:
     if not isinstance(groups, (Tensor, int)):
         raise TypeError(f"groups must be a torch.Tensor or an int, got a {type(groups).__name__}")
     if not isinstance(groups, Tensor):
-        size = _count("groups", groups)
+        size = check_count("groups", groups)
         if n_samples % size:
             raise ValueError(
                 f"groups is {size}, but rewards has shape ({n_samples},); expected a divisor"

@@ -63,3 +63,10 @@ def no_autocast(device: torch.device) -> AbstractContextManager[None]:
     if _has_autocast(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def onto(device: torch.device, tensor: Tensor) -> Tensor:
+    """The tensor on `device`; from the host, without waiting for what the device has yet to do."""
+    if device.type == "cuda" and readable(tensor):  # torch.compile cannot trace pinning
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

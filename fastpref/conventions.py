@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import numbers
 from typing import Literal, NamedTuple, TypeAlias
+
+from .arguments import check_count, real_number
 
 DPOLossType: TypeAlias = Literal[
     "sigmoid", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard",
@@ -84,18 +85,13 @@ def convert_beta(
     Raises: TypeError, ValueError. Weights of time (DiffSynth's) go to sample_weight, and do not
     change beta.
     """
-    if isinstance(beta, bool) or not isinstance(beta, numbers.Real):
-        raise TypeError(f"beta must be a float, got a {type(beta).__name__}")
-    if not 0.0 < beta < math.inf:
+    if not 0.0 < real_number("beta", beta) < math.inf:
         raise ValueError(f"beta is {beta}; expected a finite number above 0")
     counts = {"n_elements": n_elements, "num_train_timesteps": num_train_timesteps}
     for name, count in counts.items():
         if count is None and name == "n_elements":
             continue
-        if isinstance(count, bool) or not isinstance(count, numbers.Integral):
-            raise TypeError(f"{name} must be an int, got a {type(count).__name__}")
-        if count < 1:
-            raise ValueError(f"{name} is {count}; expected at least 1")
+        check_count(name, count)
     if loss_type not in DPO_LOSS_TYPES:
         raise ValueError(f"loss_type is {loss_type!r}; expected one of {', '.join(DPO_LOSS_TYPES)}")
     strengths = []

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import functools
 import math
-import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
+
+from .arguments import real_number
 
 Other: TypeAlias = "nn.Module | str | Sequence[str] | Mapping[str, float]"
 Call: TypeAlias = Callable[..., Any]
@@ -267,8 +268,7 @@ def check_other(name: str, other: Any) -> Other:
 
 
 def check_number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a float, got a {type(value).__name__}")
-    if not math.isfinite(value):
+    number = real_number(name, value)
+    if not math.isfinite(number):
         raise ValueError(f"{name} is {value}; need a finite number")
-    return float(value)
+    return number

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arguments import check_number, check_real, dtype_of
 from .context import readable
-from .preferences import _check_number, _check_real, _dtype
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def dense_rewards(latents: Tensor, rewards: Tensor, anchor: Tensor | None = None
             "the anchor and the last step of each sample of latents"
         )
     _check_device("rewards", rewards, latents)
-    value = given.to(torch.promote_types(flat.dtype, _dtype(rewards)))
+    value = given.to(torch.promote_types(flat.dtype, dtype_of(rewards)))
     anchor = anchor_step(latents) if anchor is None else _check_anchor(anchor, latents)
     samples = torch.arange(n_samples, device=latents.device)
     steps = torch.stack([torch.zeros_like(anchor), anchor, torch.full_like(anchor, n_steps - 1)], 1)
@@ -95,8 +95,8 @@ def discounted_returns(rewards: Tensor, gamma: float = 0.99) -> Tensor:
 
     Raises: TypeError, ValueError. Source: scripts/train_sdpo.py, as in `dense_rewards`.
     """
-    value = check_rewards(rewards, "(..., steps)").to(_dtype(rewards))
-    factor = _check_number("gamma", gamma, from_0=True)
+    value = check_rewards(rewards, "(..., steps)").to(dtype_of(rewards))
+    factor = check_number("gamma", gamma, from_0=True)
     if factor > 1:
         raise ValueError(f"gamma is {gamma}; expected a number in [0, 1]")
     if value.dim() == 0:
@@ -109,7 +109,7 @@ def discounted_returns(rewards: Tensor, gamma: float = 0.99) -> Tensor:
 
 def check_rewards(value: object, needed: str, *dims: int) -> Tensor:
     """In fp64, except on devices that have none."""
-    rewards = _check_real("rewards", value)
+    rewards = check_real("rewards", value)
     if dims and rewards.dim() not in dims:
         raise ValueError(f"rewards has shape {tuple(rewards.shape)}; expected {needed}")
     return rewards.to(torch.float32 if rewards.device.type == "mps" else torch.float64)
@@ -130,7 +130,7 @@ def _check_latents(latents: object) -> Tensor:
             f"latents has shape {tuple(latents.shape)}; expected (B, steps, ...), with one element "
             "at least"
         )
-    return latents.detach().flatten(2).to(_dtype(latents))
+    return latents.detach().flatten(2).to(dtype_of(latents))
 
 
 def _check_anchor(anchor: object, latents: Tensor) -> Tensor:

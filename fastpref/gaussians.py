@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .inversion import _onto
+from .context import onto
 
 Kind = Literal["x", "v", "gaussian", "published"]
 Reduction = Literal["mean", "sum"]
@@ -148,15 +148,20 @@ class Transition(NamedTuple):
         if kind not in get_args(Kind):
             known = ", ".join(map(repr, get_args(Kind)))
             raise ValueError(f"kind is {kind!r}; expected one of {known}")
-        dead = self.std == 0
-        if kind == "v":
-            return torch.ones_like(self.b).masked_fill(dead, 0.0)
-        scale = self.b.square()
-        if kind != "x":
-            scale = scale / (2 * self.std.square())
-        if kind == "published" and self.normalized:
-            scale = scale * self.dt
-        return scale.masked_fill(dead, 0.0)
+        half, dt, b, std = self.kl_factors(kind)
+        return torch.where(self.std == 0, 0.0, half * dt * (b / std) ** 2)
+
+    def kl_factors(self, kind: Kind) -> tuple[float | Tensor, ...]:
+        """(half, dt, b, std), of which `kl_weight` is half * dt * (b / std)^2: 1 where a kind has
+        none of it."""
+        gaussian = kind in ("gaussian", "published")
+        by_dt = kind == "published" and self.normalized  # CPS has std in place of g
+        return (
+            0.5 if gaussian else 1.0,
+            self.dt if by_dt else 1.0,
+            1.0 if kind == "v" else self.b,
+            self.std if gaussian else 1.0,
+        )
 
     def to(self, device: torch.device | str) -> Transition:
         """With its tensors on `device`."""
@@ -255,4 +260,4 @@ def _draw(
         )
     shape = x.shape[1:] if many else x.shape
     drawn = [torch.randn(shape, generator=g, device=g.device, dtype=work) for g in generators]
-    return _onto(x.device, torch.stack(drawn) if many else drawn[0])
+    return onto(x.device, torch.stack(drawn) if many else drawn[0])

@@ -3,15 +3,14 @@ belongs to them."""
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from .context import readable
+from .arguments import check_count, check_number
+from .context import onto
 
 Model: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 PredictionType: TypeAlias = Literal["epsilon", "v_prediction", "sample"]
@@ -121,8 +120,8 @@ def ddim_inversion(
         timesteps,
         schedule,
         prediction_type,
-        num_steps=_count("num_steps", num_steps),
-        eta=_weight("eta", eta),
+        num_steps=check_count("num_steps", num_steps),
+        eta=check_number("eta", eta, from_0=True),
         generator=generator,
     )
 
@@ -168,8 +167,8 @@ def renoise_inversion(
     SmPO's too. With diffusers from 0.22 on it stops up to 100 timesteps short of t, and at some t
     the noise that is missing makes up for what its coarse steps add too much.
     """
-    num_evals = _count("num_evals", num_evals)
-    last = num_evals if average_last is None else _count("average_last", average_last)
+    num_evals = check_count("num_evals", num_evals)
+    last = num_evals if average_last is None else check_count("average_last", average_last)
     if last > num_evals:
         raise ValueError(f"average_last is {last}; expected at most num_evals, {num_evals}")
     return _invert(
@@ -178,7 +177,7 @@ def renoise_inversion(
         timesteps,
         schedule,
         prediction_type,
-        num_steps=_count("num_steps", num_steps),
+        num_steps=check_count("num_steps", num_steps),
         num_evals=num_evals,
         average_last=last,
     )
@@ -305,9 +304,9 @@ def _steps(abar: Tensor, timesteps: Tensor, num_steps: int, like: Tensor) -> lis
     at = abar[told]
     factors = torch.cat([at.sqrt(), (1 - at).sqrt(), torch.stack([keep, add, sigma], 1)], dim=1)
     factors = factors.to(like.dtype)
-    factors = _onto(like.device, factors.reshape(*factors.shape, *[1] * (like.dim() - 1)))
+    factors = onto(like.device, factors.reshape(*factors.shape, *[1] * (like.dim() - 1)))
     steps = []
-    for where, f in zip(_onto(like.device, told), factors, strict=True):
+    for where, f in zip(onto(like.device, told), factors, strict=True):
         first, middle, last = map(_Point, where, f[:3], f[3:6])
         steps.append(_Step(first, middle, last, f[6], f[7], f[8]))
     return steps
@@ -344,7 +343,7 @@ def _target(noisy: Tensor, clean: Tensor, abar: Tensor, predicts: str) -> Tensor
     if predicts == "sample":
         return clean.clone()
     factors = torch.stack([abar.sqrt(), (1 - abar).sqrt()]).to(clean.dtype)
-    signal, noise = _onto(clean.device, factors.reshape(2, -1, *[1] * (clean.dim() - 1)))
+    signal, noise = onto(clean.device, factors.reshape(2, -1, *[1] * (clean.dim() - 1)))
     tau = (noisy - signal * clean) / noise
     return tau if predicts == "epsilon" else signal * tau - noise * clean
 
@@ -352,14 +351,7 @@ def _target(noisy: Tensor, clean: Tensor, abar: Tensor, predicts: str) -> Tensor
 def _randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
     device = x.device if generator is None else generator.device
     noise = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
-    return _onto(x.device, noise)
-
-
-def _onto(device: torch.device, tensor: Tensor) -> Tensor:
-    """The tensor on `device`; from the host, without waiting for what the device has yet to do."""
-    if device.type == "cuda" and readable(tensor):  # torch.compile cannot trace pinning
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return onto(x.device, noise)
 
 
 def _check_latents(name: str, value: object) -> torch.dtype:
@@ -428,21 +420,3 @@ def _check_schedule(schedule: object, prediction_type: object) -> tuple[Tensor, 
         known = ", ".join(map(repr, get_args(PredictionType)))
         raise ValueError(f"prediction_type is {prediction_type!r}; expected one of {known}")
     return abar, str(prediction_type)
-
-
-def _count(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an int, got a {type(value).__name__}")
-    count = int(value)
-    if count < 1:
-        raise ValueError(f"{name} is {value}; expected at least 1")
-    return count
-
-
-def _weight(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a float, got a {type(value).__name__}")
-    number = float(value)
-    if not 0 <= number < math.inf:
-        raise ValueError(f"{name} is {value}; expected a finite number, 0 or above")
-    return number

@@ -3,7 +3,6 @@ clean latents and noise there."""
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -11,8 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .context import readable
-from .inversion import _onto
+from .context import onto, readable
 
 Prediction: TypeAlias = Literal["epsilon", "v_prediction", "sample", "velocity", "flow_prediction"]
 Schedule: TypeAlias = Any  # a tensor, or a scheduler of diffusers, which need not be installed
@@ -117,17 +115,6 @@ def prediction(value: object, schedule: Schedule, known: Sequence[str], sampler:
     return str(value)
 
 
-def knob(name: str, value: object, most: float = math.inf) -> float:
-    """A finite number from 0 to `most`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a float, got a {type(value).__name__}")
-    number = float(value)
-    if not 0.0 <= number <= most or number == math.inf:
-        needed = "a finite number, 0 or above" if most == math.inf else f"a number in [0, {most:g}]"
-        raise ValueError(f"{name} is {value}; expected {needed}")
-    return number
-
-
 def step_index(step: object, n_steps: int) -> Tensor:
     """Which steps, () or (B,) int64, on the device where they came; checked where that is cheap."""
     if isinstance(step, numbers.Integral) and not isinstance(step, bool):
@@ -221,7 +208,7 @@ def _training_levels(schedule: Schedule) -> tuple[Tensor, Tensor]:
                 f"schedule has {option}=True in its config; expected False, because a step that "
                 "clips is not Gaussian around something linear in the prediction"
             )
-    abar = _precise("alphas_cumprod", _onto(times.device, abar))
+    abar = _precise("alphas_cumprod", onto(times.device, abar))
     if readable(abar):
         if not bool((abar.diff() <= 0).all() and abar[-1] >= 0 and abar[0] <= 1):
             raise ValueError(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import numbers
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .arguments import check_finite, check_number, check_real, dtype_of
 from .context import readable
 
 
@@ -93,10 +93,10 @@ def win_fractions(
     nothing of ties beyond its strict comparison, and nothing of lists of different length.
     """
     batch, valid = _check_lists("rewards", rewards, 3, lengths, least=2)
-    if not 0.0 <= _check_number("tie_value", tie_value) <= 0.5:
+    if not 0.0 <= check_number("tie_value", tie_value) <= 0.5:
         raise ValueError(f"tie_value is {tie_value}; expected a number in [0, 0.5]")
     mine, other = batch[:, :, None], batch[:, None]
-    won = (mine > other).to(_dtype(rewards)) + tie_value * (mine == other)
+    won = (mine > other).to(dtype_of(rewards)) + tie_value * (mine == other)
     met = _comparisons(valid)
     phi = (won.sum(3) * met).sum(2) / (met.sum(2) * batch.shape[2]).clamp(min=1)
     return phi if rewards.dim() == 3 else phi[0]
@@ -140,7 +140,7 @@ def calibrated_rewards(
     """
     least = 2 if base_rewards is None else 1
     batch, valid = _check_lists("rewards", rewards, 3, lengths, least)
-    batch = batch.to(_dtype(rewards))
+    batch = batch.to(dtype_of(rewards))
     if base_rewards is None:
         both = (valid[:, :, None] & valid[:, None])[..., None]
         won = (torch.sigmoid(batch[:, :, None] - batch[:, None]) * both).sum(2)
@@ -206,7 +206,7 @@ def pareto_pairs(
     noise = torch.rand(sides.shape, generator=generator, device=device).to(batch.device)
     winner, loser = noise.masked_fill(~sides, -1).argmax(2)
     has_pair = sides.any(2).all(0)
-    mean = batch.to(_dtype(rewards)).mean(2)
+    mean = batch.to(dtype_of(rewards)).mean(2)
     return _list_pairs(mean, has_pair, winner, loser, rewards.shape[:-1])
 
 
@@ -225,7 +225,7 @@ def best_and_worst(score: Tensor, *, lengths: Tensor | None = None) -> ListPairs
     Raises: as `win_fractions`. Waits for the device, to know how many pairs there are.
     """
     batch, valid = _check_lists("score", score, 2, lengths)
-    batch = batch.to(_dtype(score))
+    batch = batch.to(dtype_of(score))
     winner = batch.masked_fill(~valid, -math.inf).argmax(1)
     loser = batch.masked_fill(~valid, math.inf).argmin(1)
     best, worst = (batch.gather(1, i[:, None])[:, 0] for i in (winner, loser))
@@ -247,8 +247,8 @@ def all_pairs(score: Tensor, *, lengths: Tensor | None = None, min_delta: float 
     Raises: as `win_fractions`. Waits for the device, to know how many pairs there are.
     """
     batch, valid = _check_lists("score", score, 2, lengths)
-    low = _check_number("min_delta", min_delta, from_0=True)
-    batch = batch.to(_dtype(score))
+    low = check_number("min_delta", min_delta, from_0=True)
+    batch = batch.to(dtype_of(score))
     gap = batch[:, :, None] - batch[:, None]
     prompt, winner, loser = ((gap > low) & _comparisons(valid)).nonzero(as_tuple=True)
     return ListPairs(prompt, winner, loser, gap[prompt, winner, loser], tuple(score.shape))
@@ -308,7 +308,7 @@ def score_threshold(score: Tensor, percentile: float = 50.0) -> Tensor:
     which half of the samples or more reach the median.
     """
     values = _check_scores(score)
-    share = _check_number("percentile", percentile)
+    share = check_number("percentile", percentile)
     if not 0.0 <= share <= 100.0:
         raise ValueError(f"percentile is {percentile}; expected a number in [0, 100]")
     rank = share * (values.numel() - 1) / 100.0
@@ -348,11 +348,11 @@ def threshold_labels(
                 f"threshold is a {threshold.dtype} tensor of shape {tuple(threshold.shape)}; "
                 "expected a float, or a number in a tensor of shape ()"
             )
-        _check_finite("threshold", threshold)
+        check_finite("threshold", threshold)
         tau = threshold.detach().to(values)
     else:
-        tau = values.new_tensor(_check_number("threshold", threshold))
-    scale = _check_number("confidence", confidence, from_0=True)
+        tau = values.new_tensor(check_number("threshold", threshold))
+    scale = check_number("confidence", confidence, from_0=True)
     return ThresholdLabels(values >= tau, 1.0 + scale * (values - tau).abs())
 
 
@@ -379,16 +379,11 @@ def _comparisons(valid: Tensor) -> Tensor:
     return valid[:, :, None] & valid[:, None] & two
 
 
-def _dtype(value: Tensor) -> torch.dtype:
-    """The dtype of results."""
-    return torch.float64 if value.dtype == torch.float64 else torch.float32
-
-
 def _check_lists(
     name: str, value: object, dims: int, lengths: object = None, least: int = 1
 ) -> tuple[Tensor, Tensor]:
     """The lists as a batch, with 0 in its padding, and where there are images, (B, k)."""
-    tensor = _check_real(name, value)
+    tensor = check_real(name, value)
     inner = "k, n" if dims == 3 else "k"
     if tensor.dim() not in (dims - 1, dims) or tensor.numel() == 0:
         raise ValueError(
@@ -403,7 +398,7 @@ def _check_lists(
             "at least, to compare"
         )
     if lengths is None:
-        _check_finite(name, batch)
+        check_finite(name, batch)
         return batch, torch.ones(n_lists, k, dtype=torch.bool, device=batch.device)
     if tensor.dim() < dims:
         raise ValueError(
@@ -412,7 +407,7 @@ def _check_lists(
         )
     valid = torch.arange(k, device=batch.device) < _check_lengths(lengths, batch, name)[:, None]
     batch = batch.masked_fill(~valid.reshape(n_lists, k, *[1] * (dims - 2)), 0)
-    _check_finite(name, batch)
+    check_finite(name, batch)
     return batch, valid
 
 
@@ -435,7 +430,7 @@ def _check_lengths(lengths: object, batch: Tensor, owner: str) -> Tensor:
 
 
 def _check_base(value: object, rewards: Tensor) -> Tensor:
-    base = _check_real("base_rewards", value)
+    base = check_real("base_rewards", value)
     *lists, _, n_models = rewards.shape
     fits = base.dim() == rewards.dim() and [*base.shape[:-2]] == lists and base.numel() > 0
     if not fits or base.shape[-1] != n_models:
@@ -449,42 +444,13 @@ def _check_base(value: object, rewards: Tensor) -> Tensor:
             f"base_rewards is on {base.device}, but rewards is on {rewards.device}; expected one "
             "device"
         )
-    _check_finite("base_rewards", base)
+    check_finite("base_rewards", base)
     return base if base.dim() == 3 else base[None]
 
 
 def _check_scores(value: object) -> Tensor:
-    score = _check_real("score", value)
+    score = check_real("score", value)
     if score.numel() == 0:
         raise ValueError(f"score has shape {tuple(score.shape)}; expected one element at least")
-    _check_finite("score", score)
-    return score.to(_dtype(score))
-
-
-def _check_real(name: str, value: object) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got a {type(value).__name__}")
-    if value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name} has dtype {value.dtype}; expected a float or an integer dtype")
-    return value.detach()
-
-
-def _check_finite(name: str, value: Tensor) -> None:
-    """Only where that is cheap: on a device, reading would wait."""
-    if not value.is_floating_point() or not readable(value):
-        return
-    outside = ~value.isfinite()
-    if outside.any():
-        at = tuple(outside.nonzero()[0].tolist())
-        where = f" at {list(at)}" if at else ""
-        raise ValueError(f"{name} contains {float(value[at])}{where}; expected finite numbers")
-
-
-def _check_number(name: str, value: object, from_0: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a float, got a {type(value).__name__}")
-    number = float(value)
-    if not math.isfinite(number) or (from_0 and number < 0.0):
-        needed = "a finite number, 0 or above" if from_0 else "a finite number"
-        raise ValueError(f"{name} is {value}; expected {needed}")
-    return number
+    check_finite("score", score)
+    return score.to(dtype_of(score))

@@ -8,9 +8,9 @@ import math
 import torch
 from torch import Tensor
 
-from .context import readable
+from .arguments import check_number
+from .context import onto, readable
 from .gaussians import Transition as Transition
-from .inversion import _onto
 from .levels import (
     FLOW_PREDICTIONS,
     VARIANCE_PREDICTIONS,
@@ -21,7 +21,6 @@ from .levels import (
     clean_and_noise,
     ddim_levels,
     flow_sigmas,
-    knob,
     lcm_levels,
     prediction,
     step_index,
@@ -71,7 +70,8 @@ def ddim(
     """
     predicts = prediction(prediction_type, schedule, VARIANCE_PREDICTIONS, "ddim")
     at, ap = ddim_levels(schedule)
-    share = knob("eta", eta) ** 2 * _ratio(ap - at, ap * (1 - at))  # of the variance, drawn anew
+    eta = check_number("eta", eta, from_0=True)
+    share = eta**2 * _ratio(ap - at, ap * (1 - at))  # of the variance, drawn anew
     share = torch.where(share > 1 + 1e-9, math.nan, share.clamp(max=1.0))
     clean, kept = ap.sqrt(), ((1 - ap) * (1 - share)).sqrt()
     ends = clean_and_noise(predicts, at.sqrt(), (1 - at).sqrt())
@@ -112,7 +112,7 @@ def flow_sde(
     predicts = prediction(prediction_type, schedule, FLOW_PREDICTIONS, "flow_sde")
     sigmas = flow_sigmas(schedule)
     inside = torch.where(sigmas[:-1] == 1, sigmas[1], sigmas[:-1])
-    g = knob("noise_level", noise_level) * (sigmas[:-1] / (1 - inside)).sqrt()
+    g = check_number("noise_level", noise_level, from_0=True) * (sigmas[:-1] / (1 - inside)).sqrt()
     return _flow("flow_sde", step, sigmas, g, predicts)
 
 
@@ -136,7 +136,8 @@ def dance_sde(
     """
     predicts = prediction(prediction_type, schedule, FLOW_PREDICTIONS, "dance_sde")
     sigmas = flow_sigmas(schedule)
-    return _flow("dance_sde", step, sigmas, sigmas.new_full((), knob("eta", eta)), predicts)
+    g = sigmas.new_full((), check_number("eta", eta, from_0=True))
+    return _flow("dance_sde", step, sigmas, g, predicts)
 
 
 def cps(
@@ -169,7 +170,7 @@ def cps(
     predicts = prediction(prediction_type, schedule, FLOW_PREDICTIONS, "cps")
     sigmas = flow_sigmas(schedule)
     sigma, after = sigmas[:-1], sigmas[1:]
-    angle = knob("noise_level", noise_level, most=1.0) * math.pi / 2
+    angle = check_number("noise_level", noise_level, from_0=True, most=1.0) * math.pi / 2
     ends = clean_and_noise(predicts, 1 - sigma, sigma)
     kept, std = math.cos(angle) * after, math.sin(angle) * after
     made = _build("cps", step, ends, 1 - after, kept, std, dt=sigma - after)
@@ -277,8 +278,8 @@ def _build(
         _check_noise(name, index, table)
     table = table.float()
     if isinstance(step, Tensor):
-        table = _onto(index.device, table)
-    rows = table[:, step] if isinstance(step, int) else table[:, _onto(table.device, index)]
+        table = onto(index.device, table)
+    rows = table[:, step] if isinstance(step, int) else table[:, onto(table.device, index)]
     a, b, std, dt, weight = rows.unbind()
     return Transition(a, b, std, dt, weight)
 
