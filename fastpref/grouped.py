@@ -137,8 +137,10 @@ def run(
     accepts: Any,
     knobs: dict[str, Any],
     of_members: Mapping[str, Any] = {},
+    checked: Mapping[str, Scalar] = {},
 ) -> tuple[Tensor, Tensor, Options]:
-    """(loss, stats, options). accepts: the TypedDict of the knobs."""
+    """(loss, stats, options). accepts: the TypedDict of the knobs. checked: numbers of the link
+    that need no check any more."""
     n, device = batch.n_groups, batch.device
     accepted = accepts.__annotations__
     if unknown := [name for name in knobs if name not in accepted]:
@@ -154,7 +156,10 @@ def run(
     if "safeguard" in accepted:
         scale, mu = knobs.get("loser_gradient_scale"), knobs.get("safeguard")
         guard = check_guard(scale, mu, knobs.get("safeguard_over", "batch"), n, device)
-    scalars = [_number(name, numbers[name], hyper, n, device) for name, hyper in link.hyper.items()]
+    scalars = [
+        checked[name] if name in checked else _number(name, numbers[name], hyper, n, device)
+        for name, hyper in link.hyper.items()
+    ]
     for name, hyper in link.of_members.items():
         scalars.append(_of_members(name, of_members[name], hyper, batch))
     weight = None

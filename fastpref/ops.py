@@ -17,8 +17,8 @@ from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from fastpref_kernels import TRITON_MISSING
-from fastpref_kernels.knobs import NOTHING_AROUND, Around, sums_of
-from fastpref_kernels.links import Group, link_of
+from fastpref_kernels.knobs import NOTHING_AROUND, Around, kinds_of, rows_of, sums_of
+from fastpref_kernels.links import link_of
 
 from .batch import Batch, plain
 from .context import intercepted, transformed
@@ -287,12 +287,8 @@ def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
         n_groups = n_samples // link.members if pred_l is None else n_samples
     loss = pred.new_empty((n_groups,) if reduction == "none" else (), dtype=torch.float32)
     drift, cross = sums_of(link, guard, there[1] == "1")
-    kinds = (1 if ref is None else 3) + drift + (anchor is not None)
-    n_scores = 1
-    if isinstance(link, Group):
-        n_scores = len(link.scores)
-        kinds += 2 * bool(link.mixed)
-    rows = launch.rows_of(link.members, kinds, drift, cross, anchor is not None, n_scores)
+    anchored = anchor is not None
+    rows = rows_of(link, kinds_of(link, ref is not None, drift, anchored), drift, cross, anchored)
     return loss, pred.new_empty((rows, n_groups), dtype=torch.float32)
 
 

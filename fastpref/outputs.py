@@ -143,18 +143,9 @@ class ForwardOutput(NamedTuple):
         """The means of a batch, detached: loss, error, old_error, drop, drift, margin, accuracy
         (the share of margins above 0, ties counting half), and kl. gather, as_floats: as in
         `LossOutput.metrics`."""
-        metrics = {
-            "loss": self.loss.detach().mean(),
-            "error": self.errors.mean(),
-            "old_error": self.old_errors.mean(),
-            "drop": self.drops.mean(),
-            "drift": self.drifts.mean(),
-            "margin": self.margin.mean(),
-            "accuracy": _accuracy(self.margin),
-        }
-        if self.kl is not None:
-            metrics["kl"] = self.kl.mean()
-        return _averaged(metrics, len(self.margin), gather, as_floats)
+        values: dict[str, Tensor | None] = {"error": self.errors, "old_error": self.old_errors}
+        values |= {"drop": self.drops, "drift": self.drifts, "margin": self.margin, "kl": self.kl}
+        return _metrics(self.loss, values, gather, as_floats, is_logit=False)
 
 
 class StepOutput(NamedTuple):
@@ -217,7 +208,7 @@ class StepOutput(NamedTuple):
 
         Raises: ValueError; for steps out of range where they are on the CPU.
         """
-        step = _steps_of("step", step, n_steps, self.log_ratio, self.margin is not None)
+        step = _steps_of(step, n_steps, self.log_ratio, self.margin is not None)
 
         def mean(values: Tensor) -> Tensor:
             at = step[: len(values)]
@@ -235,7 +226,7 @@ class StepOutput(NamedTuple):
         return found if self.kl is None else {**found, "kl": mean(self.kl)}
 
 
-def _steps_of(name: str, step: Tensor, n_steps: int, like: Tensor, pairs: bool) -> Tensor:
+def _steps_of(step: Tensor, n_steps: int, like: Tensor, pairs: bool) -> Tensor:
     """Of each row, where pairs may share theirs."""
     rows = len(like)
     integers = isinstance(step, Tensor) and not (
@@ -247,17 +238,22 @@ def _steps_of(name: str, step: Tensor, n_steps: int, like: Tensor, pairs: bool) 
         if isinstance(step, Tensor):
             what = f"a {step.dtype} tensor of shape {tuple(step.shape)}"
         needed = " or ".join(f"({n},)" for n in lengths)
-        raise ValueError(f"{name} is {what}; expected integers of shape {needed}")
+        raise ValueError(f"step is {what}; expected integers of shape {needed}")
     if step.device != like.device:
-        raise ValueError(f"{name} is on {step.device}; expected {like.device}, log_ratio's device")
+        raise ValueError(f"step is on {step.device}; expected {like.device}, log_ratio's device")
     if readable(step) and (outside := [i for i in step.tolist() if not 0 <= i < n_steps]):
-        raise ValueError(f"{name} contains {outside[0]}; expected 0 to {n_steps - 1}")
+        raise ValueError(f"step contains {outside[0]}; expected 0 to {n_steps - 1}")
     return step.long() if len(step) == rows else step.long().repeat(2)
 
 
 def _metrics(
-    loss: Tensor, values: dict[str, Tensor | None], gather: bool, as_floats: bool
+    loss: Tensor,
+    values: dict[str, Tensor | None],
+    gather: bool,
+    as_floats: bool,
+    is_logit: bool = True,
 ) -> dict[str, Tensor] | dict[str, float]:
+    """is_logit: whether margins are logits of a preference."""
     margin = values["margin"]
     assert margin is not None
     metrics = {"loss": loss.detach().mean()}
@@ -266,6 +262,7 @@ def _metrics(
             metrics[name] = value.mean()
         if name == "margin":
             metrics["accuracy"] = _accuracy(margin)
+        if name == "margin" and is_logit:
             metrics["gradient_factor"] = torch.sigmoid(-margin).mean()
     return _averaged(metrics, margin.numel(), gather, as_floats)
 

@@ -119,8 +119,6 @@ def check_pairs_of_steps(
             "first, with at least one element"
         )
     n_pairs = n_samples // 2 if next_l is None else n_samples
-    constants: list[tuple[str, Tensor | None]] = [(names.target, next_w)]
-    constants += [(f"{names.target}[1]", next_l)]
 
     def rows(name: str, value: Halves | None, sample: list[int], **options: Any) -> Operand:
         if value is None and name not in ("model_pred", "x"):
@@ -130,23 +128,23 @@ def check_pairs_of_steps(
         check_shape(
             name, first, second, n_pairs, sample, shared, "dtypes" in options, owner=names.target
         )
-        constants.extend([(name, first), (f"{name}[1]", second)])
         return first, second
 
     _only_one(ref, ref_errors, names)
     pred = rows("model_pred", model_pred, sample)
-    del constants[-2:]  # the one that is none
     base = rows("x", x, sample)
-    of_ref = rows(names.ref, ref, sample)
+    name, of_ref = names.ref, rows(names.ref, ref, sample)
     if ref is None:
-        of_ref = rows(names.ref_errors, ref_errors, [])
+        name, of_ref = names.ref_errors, rows(names.ref_errors, ref_errors, [])
     masks = rows("mask", mask, sample, dtypes=(torch.bool, *DTYPES))
+    constants = {names.target: (next_w, next_l), "x": base, name: of_ref, "mask": masks}
+    each = [(f"{n}{'[1]' * i}", t) for n, two in constants.items() for i, t in enumerate(two)]
     masks = tuple(None if m is None else m.expand(-1, *sample) for m in masks)  # type: ignore[assignment]
     first, second = pred
     assert first is not None
     if second is not None and second.device != first.device:
-        constants.append(("model_pred[1]", second.detach()))
-    check_constants(constants, first, "model_pred")
+        each.append(("model_pred[1]", second.detach()))
+    check_constants(each, first, "model_pred")
     read = (*pred, next_w, next_l, *base, *(of_ref if ref is not None else ()))
     is_fp64 = any(t is not None and t.dtype == torch.float64 for t in read)
     return Batch(

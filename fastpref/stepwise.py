@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
+from fastpref_kernels.knobs import kinds_of
 from fastpref_kernels.links import FINITE, Group, Hyper
 from fastpref_kernels.steps import DT, OF_STEP
 
@@ -71,9 +72,9 @@ def step_loss(
         model_pred, x_next, old_pred, old_log_prob, knobs.get("mask"), 1,
         base=tensor_of("x", x, 2, DTYPES), anchor=ref_pred, names=STEP_NAMES,
     )  # fmt: skip
-    check_device(transition, "model_pred", batch.device)
-    numbers = {**numbers, **_numbers_of(transition, batch)}
-    loss, stats, options = _run(link, batch, transition, numbers, StepKnobs, {**knobs})
+    checked = _numbers_of(transition, batch)
+    batch = batch._replace(affine=(checked["transition.a"], checked["transition.b"]))
+    loss, stats, options = run(link, batch, numbers, StepKnobs, {**knobs}, checked=checked)
     log_ratio, clipped, kl = scores_of(stats, options, batch)
     return StepOutput(loss, log_ratio, clipped, None if ref_pred is None else kl)
 
@@ -105,33 +106,15 @@ def pair_step_loss(
     batch = check_pairs_of_steps(
         model_pred, x_next, x, ref_pred, ref_log_prob, knobs.get("mask"), names
     )
-    check_device(transition, "model_pred", batch.device)
-    of_each: dict[str, Scalar] = {}
-    for name, number in _numbers_of(transition, batch).items():
+    checked = _numbers_of(transition, batch)
+    batch = batch._replace(affine=(checked["transition.a"], checked["transition.b"]))
+    for name, number in [*checked.items()]:
         split = isinstance(number, Tensor) and number.dim() == 1 and len(number) != batch.n_groups
         halves = number.chunk(2) if split else (number, number)  # type: ignore[union-attr]
-        of_each |= {f"{name}[{m}]": half for m, half in enumerate(halves)}
-    numbers = {**numbers, **of_each}
-    loss, stats, options = _run(link, batch, transition, numbers, PairStepKnobs, {**knobs})
+        checked |= {f"{name}[{m}]": half for m, half in enumerate(halves)}
+    loss, stats, options = run(link, batch, numbers, PairStepKnobs, {**knobs}, checked=checked)
     scores = scores_of(stats, options, batch)
     return StepOutput(loss, scores[1:3].reshape(-1), scores[3:5].reshape(-1), None, scores[0])
-
-
-def _run(
-    link: Group,
-    batch: Batch,
-    transition: Transition,
-    numbers: Mapping[str, Any],
-    accepts: Any,
-    knobs: dict[str, Any],
-) -> tuple[Tensor, Tensor, Options]:
-    rows = batch.n_groups * batch.members
-    a, b = (
-        _number(f"transition.{name}", getattr(transition, name), batch, rows, Hyper(None, FINITE))
-        for name in "ab"
-    )
-    numbers = {"transition.normalized": float(transition.normalized), **numbers}
-    return run(link, batch._replace(affine=(a, b)), numbers, accepts, knobs)
 
 
 def check_transition(transition: Any) -> None:
@@ -160,26 +143,20 @@ def _check_other(pred: Any, log_prob: Any, names: Names) -> None:
 
 
 def _numbers_of(transition: Transition, batch: Batch) -> dict[str, Scalar]:
-    """By the names that links have for them."""
+    """By the names that links have for them: one for all, for each group, or for each sample."""
+    check_device(transition, "model_pred", batch.device)
     rows = batch.n_groups * batch.members
-    return {
-        name: _number(name, getattr(transition, name.split(".")[1]), batch, rows, hyper)
-        for name, hyper in {**OF_STEP, **DT}.items()
-    }
-
-
-def _number(name: str, value: Any, batch: Batch, rows: int, hyper: Hyper) -> Scalar:
-    """One for all, for each group, or for each sample."""
-    per_sample = isinstance(value, Tensor) and value.dim() == 1 and len(value) == rows
-    return check_scalar(name, value, hyper, rows if per_sample else batch.n_groups, batch.device)
+    found: dict[str, Scalar] = {"transition.normalized": float(transition.normalized)}
+    for name, hyper in {**OF_STEP, **DT, "transition.a": Hyper(None, FINITE)}.items():
+        value = getattr(transition, name.removeprefix("transition."))
+        n = rows if value.dim() == 1 and len(value) == rows else batch.n_groups
+        found[name] = check_scalar(name, value, hyper, n, batch.device)
+    return found
 
 
 def scores_of(stats: Tensor, options: Options, batch: Batch) -> Tensor:
     """The rows of stats that the link names."""
-    link = options.link
-    assert isinstance(link, Group)
     drift, cross = options.needs
-    kinds = 1 + drift + (batch.anchor[0] is not None) + 2 * bool(link.mixed)
-    kinds += 2 * (batch.ref[0] is not None)
+    kinds = kinds_of(options.link, batch.ref[0] is not None, drift, batch.anchor[0] is not None)
     first = batch.members * kinds + cross
-    return stats[first : first + len(link.scores)]
+    return stats[first : first + len(options.link.scores)]

@@ -32,9 +32,8 @@ class Options(NamedTuple):
     @property
     def mix(self) -> Scalar | None:
         """What plus and minus are mixed by."""
-        if not isinstance(self.link, Group) or not self.link.mixed:
-            return None
-        return self.scalars[[*self.link.hyper].index(self.link.mixed)]
+        link = self.link
+        return self.scalars[[*link.hyper].index(link.mixed)] if link.mixed else None
 
     @property
     def pair_weight(self) -> Any:

@@ -144,7 +144,8 @@ def grpo_loss(
         raise ValueError(f'divergence_limit was given, but variant is {variant!r}, not "dppo"')
     else:
         numbers |= _clips(clip_range, clip_range_high, advantage_clip)
-    numbers |= _kl_in(kl, kl_weight, transition)
+    numbers["kl_weight"] = kl_weight
+    numbers |= zip(("kl.half", "kl.dt", "kl.b", "kl.std"), transition.kl_factors(kl), strict=True)
     _check_kl(ref_pred, kl_weight)
     link = links[ref_pred is not None]
     return step_loss(
@@ -163,19 +164,6 @@ def _refuse_clips(low: Any, high: Any, advantage_clip: Any) -> None:
     for name, (value, default) in {**given, "advantage_clip": (advantage_clip, 5.0)}.items():
         if value is not None and (isinstance(value, Tensor) or value != default):
             raise ValueError(f'{name} was given, but variant is "dppo", which does not clip')
-
-
-def _kl_in(unit: str, weight: Scalar, transition: Transition) -> dict[str, Any]:
-    """The numbers of `_with_kl` in the kernels."""
-    gaussian = unit in ("gaussian", "published")
-    by_dt = unit == "published" and transition.normalized  # CPS has std in place of g
-    return {
-        "kl_weight": weight,
-        "kl.half": 0.5 if gaussian else 1.0,
-        "kl.dt": transition.dt if by_dt else 1.0,
-        "kl.b": 1.0 if unit == "v" else transition.b,
-        "kl.std": transition.std if gaussian else 1.0,
-    }
 
 
 def _check_kl(ref_pred: Any, weight: Scalar) -> None:

@@ -162,6 +162,17 @@ def sums_of(link: Link | Group, guard: str | None, drift_weighs: bool) -> tuple[
     return drift, cross
 
 
+def kinds_of(link: Link | Group, ref: bool, drift: bool, anchor: bool) -> int:
+    """How many sums of each member there are: err; with a reference gap and ref; and so on."""
+    return 1 + 2 * ref + drift + 2 * bool(link.mixed) + anchor
+
+
+def rows_of(link: Link | Group, kinds: int, drift: bool, cross: bool, anchor: bool) -> int:
+    """Rows of stats: sums, cross, scores, and factors."""
+    directions = 1 + drift + anchor
+    return link.members * kinds + cross + len(link.scores) + link.members * directions
+
+
 _in_torch = in_torch(pair_losses_jit)
 safeguard_in_torch = in_torch(safeguard)
 log_mean_in_torch = in_torch(log_mean)

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
 from . import pair
-from .knobs import NOTHING_AROUND, Around, sums_of
+from .knobs import NOTHING_AROUND, Around, kinds_of, rows_of, sums_of
 from .links import Group, Link
 
 # Whether TRITON_INTERPRET was set when Triton was imported.
@@ -194,20 +194,18 @@ def _plan_forward(
     n_link = n_scalars - (guard is not None) - drift_weighs - weighted - heated
     drift, cross = sums_of(link, guard, drift_weighs)
     of_link: tuple[Any, ...]
-    mix, n_scores = None, 1
     if isinstance(link, Group):
         first = link.first and link.first.triton
         of_link = (link.triton, first, None, None, 0, 0, n_link, 0.0)
-        n_scores = len(link.scores)
-        if link.mixed:
-            mix = [*link.hyper].index(link.mixed)
     else:
         of_link = (None, None, link.score.triton, link.shape.triton,
                    len(link.score.hyper), len(link.hyper), n_link, link.sft_weight)  # fmt: skip
     listed = 0
     if isinstance(link, Group) and link.listed and members > 1:
         listed = triton.next_power_of_2(members)
-    kinds = 1 + 2 * paired + drift + 2 * (mix is not None) + (anchor[0] is not None)
+    mix = [*link.hyper].index(link.mixed) if link.mixed else None
+    anchored = anchor[0] is not None
+    kinds = kinds_of(link, paired, drift, anchored)
     shown = kinds + 2 * ref_errors
     mean = error_reduction == "mean"
     counts = (1 if forms[3] == "shared" else members) if forms[3] and mean else 0
@@ -226,7 +224,7 @@ def _plan_forward(
         members=members,
         ticket=True,
         loss=(n_groups,) if reduction == "none" else (),
-        stats=(rows_of(members, shown, drift, cross, anchor[0] is not None, n_scores), n_groups),
+        stats=(rows_of(link, shown, drift, cross, anchored), n_groups),
         partials=((members * kinds + counts + cross) * n_groups * n_programs,),
     )  # fmt: skip
 
@@ -263,14 +261,6 @@ def _kinds_of(around: Around) -> tuple[str | None, bool, bool, bool]:
     """Which of them there are: the guard, and whether drift_weight, weight and heat."""
     _, _, *numbers = around
     return around.guard, *(number is not None for number in numbers)  # type: ignore[return-value]
-
-
-def rows_of(
-    members: int, kinds: int, drift: bool, cross: bool, anchor: bool = False, n_scores: int = 1
-) -> int:
-    """Rows of stats: sums, cross, scores, and factors."""
-    directions = 1 + drift + anchor
-    return members * kinds + cross + n_scores + members * directions
 
 
 def _operands(laid: Sequence[Laid | None]) -> list[Operand]:

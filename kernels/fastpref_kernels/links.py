@@ -136,6 +136,8 @@ class Link:
     name: str = "link"
     key: str = field(init=False)
     members: ClassVar[int] = 2
+    mixed: ClassVar[str] = ""
+    scores: ClassVar[tuple[str, ...]] = ("margin",)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hyper", _Frozen(self.hyper))
