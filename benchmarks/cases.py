@@ -150,13 +150,16 @@ def called(function: Callable[..., Any], **numbers: Any) -> Loss:
 UNDESIRABLE, DSPO_BETA, SAFEGUARD, HEAT = 1.5, 20.0, 0.9, 0.5
 
 
+LATENTS = ("x", "old_pred", "ref_pred")  # operands that are as large as predictions
+
+
 class Family(NamedTuple):
     """A loss that is not the link of a pair alone, all of which take the reference's predictions or
     an old policy's.
 
-    kind: what is new to it. members: of a group. shared: whether they share the target. others: how
-    many large operands there are besides prediction and target. again: which of those backward has
-    to read as well, for so many members (drifting).
+    kind: what is new to it. members: of a group. shared: whether they share the target. operands:
+    what there is besides prediction and target, by the names of the loss. again: which of those
+    backward has to read as well, for so many members (drifting).
     """
 
     kind: str
@@ -164,79 +167,39 @@ class Family(NamedTuple):
     ours: Loss
     members: int = 2
     shared: bool = True
-    others: int = 1
-    again: tuple[int, ...] = ()
+    operands: tuple[str, ...] = ("ref_pred",)
+    again: tuple[str, ...] = ()
     drifting: int = 0
 
-
-def of_steps(published: Loss, ours: Loss, members: int, **rest: Any) -> Family:
-    return Family("steps", published, ours, members, shared=False, drifting=members, **rest)
-
-
-def grpo(
-    pred: Tensor, x_next: Tensor, old: Tensor, x: Tensor, ref: Tensor, advantage: Tensor,
-    *step: Tensor, impl: Impl = "auto",
-) -> Tensor:  # fmt: skip
-    return fastpref.grpo_loss(
-        pred, old, x, x_next, step_cases.transition(step), advantage, clip_range=step_cases.CLIP,
-        ref_pred=ref, kl_weight=step_cases.KL_WEIGHT, impl=impl,
-    ).loss  # fmt: skip
+    @property
+    def large(self) -> list[str]:
+        return [name for name in self.operands if name in LATENTS]
 
 
-def grpo_stored(
-    pred: Tensor, x_next: Tensor, x: Tensor, old_log_prob: Tensor, advantage: Tensor,
-    *step: Tensor, impl: Impl = "auto",
-) -> Tensor:  # fmt: skip
-    return fastpref.grpo_loss(
-        pred, None, x, x_next, step_cases.transition(step), advantage, clip_range=step_cases.CLIP,
-        old_log_prob=old_log_prob, impl=impl,
-    ).loss  # fmt: skip
+def of_steps(
+    published: Loss,
+    function: Callable[..., Any],
+    operands: tuple[str, ...],
+    again: tuple[str, ...],
+    members: int = 1,
+    kind: str = "steps",
+    **options: Any,
+) -> Family:
+    def ours(pred: Tensor, target: Tensor, *rest: Tensor, impl: Impl = "auto") -> Tensor:
+        given: dict[str, Any] = dict(zip(operands, rest, strict=False))
+        if kind == "steps":
+            step = step_cases.transition(rest[len(operands) :])
+            given |= {"x_next": target, "transition": step}
+        else:
+            given["target"] = target
+        value: Tensor = function(pred, **given, **options, impl=impl).loss
+        return value
+
+    return Family(kind, published, ours, members, False, operands, again, drifting=members)
 
 
-def grpo_guard(
-    pred: Tensor, x_next: Tensor, old: Tensor, x: Tensor, advantage: Tensor,
-    *step: Tensor, impl: Impl = "auto",
-) -> Tensor:  # fmt: skip
-    return fastpref.grpo_loss(
-        pred, old, x, x_next, step_cases.transition(step), advantage, clip_range=step_cases.CLIP,
-        variant="guard", impl=impl,
-    ).loss  # fmt: skip
-
-
-def step_dpo(
-    pred: Tensor, x_next: Tensor, ref: Tensor, x: Tensor, *step: Tensor, impl: Impl = "auto"
-) -> Tensor:
-    return fastpref.step_dpo_loss(
-        pred, ref, x, x_next, step_cases.transition(step), beta=step_cases.STEP_BETA, impl=impl
-    ).loss
-
-
-def sdpo(
-    pred: Tensor, x_next: Tensor, old: Tensor, x: Tensor, advantage: Tensor,
-    *step: Tensor, impl: Impl = "auto",
-) -> Tensor:  # fmt: skip
-    return fastpref.sdpo_loss(
-        pred,
-        old,
-        x,
-        x_next,
-        step_cases.transition(step),
-        advantage,
-        clip_range=step_cases.CLIP,
-        impl=impl,
-    ).loss
-
-
-def nft(
-    pred: Tensor, target: Tensor, old: Tensor, ref: Tensor, reward: Tensor, t: Tensor,
-    impl: Impl = "auto",
-) -> Tensor:  # fmt: skip
-    return fastpref.nft_loss(
-        pred, target, old, reward, t=t, beta=step_cases.NFT_BETA, ref_pred=ref,
-        kl_weight=step_cases.KL_WEIGHT, impl=impl,
-    ).loss  # fmt: skip
-
-
+OF_STEPS = ("steps", "forward process")
+CLIPPED, WITH_KL = {"clip_range": step_cases.CLIP}, {"kl_weight": step_cases.KL_WEIGHT}
 DPO = fastpref.dpo_loss
 RANKDPO = called(fastpref.rankdpo_loss, beta=BETA)
 FAMILIES = {
@@ -249,7 +212,8 @@ FAMILIES = {
     "rankdpo_4": Family("lists", published_rankdpo, RANKDPO, members=4, shared=False),
     "rankdpo_8": Family("lists", published_rankdpo, RANKDPO, members=8),
     "dspo": Family(
-        "sums", published_dspo, called(fastpref.dspo_loss, beta=DSPO_BETA), again=(0,), drifting=1
+        "sums", published_dspo, called(fastpref.dspo_loss, beta=DSPO_BETA),
+        again=("ref_pred",), drifting=1,
     ),
     "dpo_safeguard": Family(
         "around", published_safeguard, called(DPO, beta=BETA, safeguard=SAFEGUARD)
@@ -258,15 +222,31 @@ FAMILIES = {
         "around", published_dro, called(DPO, beta=BETA, reduction="dro", dro_temperature=HEAT)
     ),
     "pair_errors": Family("errors", published_dpo, dpo_on_errors),
-    "grpo": of_steps(step_cases.published_grpo, grpo, 1, others=3, again=(1, 2)),
-    "grpo_stored": of_steps(step_cases.published_stored, grpo_stored, 1, others=1, again=(0,)),
-    "grpo_guard": of_steps(step_cases.published_guard, grpo_guard, 1, others=2, again=(0, 1)),
-    "step_dpo": of_steps(step_cases.published_step_dpo, step_dpo, 2, others=2, again=(1,)),
-    "sdpo": of_steps(step_cases.published_sdpo, sdpo, 2, others=2, again=(1,)),
-    "nft": of_steps(step_cases.published_nft, nft, 1, others=2, again=(0, 1))._replace(
-        kind="forward process"
+    "grpo": of_steps(
+        step_cases.published_grpo, fastpref.grpo_loss, ("old_pred", "x", "ref_pred", "advantage"),
+        ("x", "ref_pred"), **CLIPPED, **WITH_KL,
     ),
-}
+    "grpo_stored": of_steps(
+        step_cases.published_stored, fastpref.grpo_loss, ("x", "old_log_prob", "advantage"), ("x",),
+        old_pred=None, **CLIPPED,
+    ),
+    "grpo_guard": of_steps(
+        step_cases.published_guard, fastpref.grpo_loss, ("old_pred", "x", "advantage"),
+        ("old_pred", "x"), variant="guard", **CLIPPED,
+    ),
+    "step_dpo": of_steps(
+        step_cases.published_step_dpo, fastpref.step_dpo_loss, ("ref_pred", "x"), ("x",), 2,
+        beta=step_cases.STEP_BETA,
+    ),
+    "sdpo": of_steps(
+        step_cases.published_sdpo, fastpref.sdpo_loss, ("old_pred", "x", "advantage"), ("x",), 2,
+        **CLIPPED,
+    ),
+    "nft": of_steps(
+        step_cases.published_nft, fastpref.nft_loss, ("old_pred", "ref_pred", "reward", "t"),
+        ("old_pred", "ref_pred"), kind="forward process", beta=step_cases.NFT_BETA, **WITH_KL,
+    ),
+}  # fmt: skip
 
 
 def fused(link: str, impl: Impl = "auto") -> Loss:
@@ -339,7 +319,7 @@ class Case(NamedTuple):
         """A prediction that wants a gradient, its target and, where they are needed, the
         reference's prediction, and labels or scores. Errors are 0.25: for much smaller ones MaPO's
         published formula is too far off to pass for right."""
-        if self.family and self.family.kind in ("steps", "forward process"):
+        if self.family and self.family.kind in OF_STEPS:
             return self._of_steps(self.family)
         generator = torch.Generator(DEVICE).manual_seed(0)
         sample = SHAPES[self.shape]
@@ -366,9 +346,8 @@ class Case(NamedTuple):
         return *tensors, (pred + moved).to(DTYPES[self.pred]), *self._numbers()
 
     def _of_steps(self, family: Family) -> tuple[Tensor, ...]:
-        """A prediction, where the step of the old policy went, the old policy's prediction, the
-        latents before the step and the reference's prediction, as far as the loss takes them, and
-        its numbers; of the forward process, targets in place of latents."""
+        """A prediction, where the step of the old policy went, what the loss takes besides, and the
+        step's numbers; of the forward process, a target, and no step."""
         generator = torch.Generator(DEVICE).manual_seed(0)
         sample = SHAPES[self.shape]
 
@@ -380,21 +359,20 @@ class Case(NamedTuple):
         old, x = randn().to(of_pred), randn().to(of_target)
         pred = (old + far * randn()).to(of_pred)
         ref = (pred + far * randn()).to(of_pred)
-        numbers = step_cases.advantages(self.samples, DEVICE)
-        if family.kind == "forward process":
-            target = (old + randn()).to(of_target)
-            t = torch.linspace(0.2, 0.9, self.samples, device=DEVICE)
-            reward = step_cases.rewards(self.samples, DEVICE)
-            return pred.requires_grad_(), target, old, ref, reward, t
         step = step_cases.step_numbers(self.samples, DEVICE)
-        x_next = step.sample(x, old, generator)
+        forward = family.kind == "forward process"
+        target = (old + randn()).to(of_target) if forward else step.sample(x, old, generator)
         operands = {
-            "grpo": (old, x, ref, numbers),
-            "grpo_stored": (x, step.log_prob(x, old, x_next), numbers),
-            "step_dpo": (old, x),
+            "x": x,
+            "old_pred": old,
+            "ref_pred": ref,
+            "old_log_prob": step.log_prob(x, old, target),
+            "advantage": step_cases.advantages(self.samples, DEVICE),
+            "reward": step_cases.rewards(self.samples, DEVICE),
+            "t": torch.linspace(0.2, 0.9, self.samples, device=DEVICE),
         }
-        given = operands.get(self.link, (old, x, numbers))
-        return pred.requires_grad_(), x_next, *given, *step[:5]
+        given = [operands[name] for name in family.operands]
+        return pred.requires_grad_(), target, *given, *(() if forward else step[:5])
 
     def _numbers(self) -> tuple[Tensor, ...]:
         """Labels of samples, or scores of lists, no two of which are the same."""
@@ -411,29 +389,28 @@ class Case(NamedTuple):
         sample = torch.Size(SHAPES[self.shape]).numel()
         of_pred = self.samples * sample * DTYPES[self.pred].itemsize
         of_target = self.targets * sample * DTYPES[self.target].itemsize
-        of_each = self._bytes_of_others(of_pred, of_target)
+        of_each = [of_target if name == "x" else of_pred for name in self.others]
         again = [of_each[i] * self.drifting // self.members for i in self.again]
         return of_pred + of_target + sum(of_each), 2 * of_pred + of_target + sum(again)
 
-    def _bytes_of_others(self, of_pred: int, of_target: int) -> list[int]:
-        """Latents have the target's dtype, and predictions the prediction's."""
-        if self.family is None:
-            return [of_pred] * self.needs_ref
-        latents = {"grpo_stored": 0}.get(self.link, 1 if self.family.kind == "steps" else -1)
-        return [of_target if i == latents else of_pred for i in range(self.family.others)]
+    @property
+    def others(self) -> list[str]:
+        """What is as large as latents besides prediction and target."""
+        return self.family.large if self.family else ["ref_pred"] * self.needs_ref
 
     @property
     def drifting(self) -> int:
         return self.family.drifting if self.family else 0
 
     @property
-    def again(self) -> tuple[int, ...]:
-        return self.family.again if self.family else ()
+    def again(self) -> list[int]:
+        """Which of the others backward reads."""
+        return [self.others.index(name) for name in (self.family.again if self.family else ())]
 
     @property
     def large(self) -> int:
         """How many of the tensors are as large as latents."""
-        return 2 + (self.family.others if self.family else self.needs_ref)
+        return 2 + len(self.others)
 
 
 @functools.cache

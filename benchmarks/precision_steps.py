@@ -8,7 +8,7 @@ import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mpmath as mp
 import torch
@@ -31,7 +31,16 @@ SHAPE, SAMPLES = (16, 32, 32), 4
 SIGMAS = (0.15, 0.5, 0.96)
 DRIFTS = (1e-2, 1e-3, 1e-4)  # of the prediction, relative
 CLIPS = {"Wan": 1e-3, "Flow-GRPO": 1e-4, "fast, CPS": 1e-5, "GRPO-Guard": 2e-6}
-Steps = tuple[Tensor, Tensor, Tensor, Tensor, Transition]  # pred, old, x, x_next
+
+
+class Steps(NamedTuple):
+    """Of the old policy, and what another predicts there."""
+
+    pred: Tensor
+    old: Tensor
+    x: Tensor
+    x_next: Tensor
+    transition: Transition
 
 
 def drawn(sigma: float, drift: float, device: torch.device) -> Steps:
@@ -40,20 +49,14 @@ def drawn(sigma: float, drift: float, device: torch.device) -> Steps:
     x, old, moved = torch.randn(3, SAMPLES, *SHAPE, generator=generator)
     sigmas = torch.tensor([1.0, sigma, max(sigma - 0.1, 0.05), 0.0])
     step = transitions.flow_sde(sigmas, torch.ones(SAMPLES, dtype=torch.int64))
-    x_next = step.sample(x, old, generator)
-    pred = old + drift * moved
-    return *(t.to(device) for t in (pred, old, x, x_next)), step.to(device)  # type: ignore[return-value]
+    x_next, pred = step.sample(x, old, generator), old + drift * moved
+    pred, old, x, x_next = torch.stack([pred, old, x, x_next]).to(device)
+    return Steps(pred, old, x, x_next, step.to(device))
 
 
 def exact(steps: Steps) -> list[tuple[mp.mpf, mp.mpf]]:
     """(log-ratio, GRPO-Guard's exponent) of each sample, in 50 digits."""
-    *latents, step = (
-        steps[0].cpu(),
-        steps[1].cpu(),
-        steps[2].cpu(),
-        steps[3].cpu(),
-        steps[4].to("cpu"),
-    )
+    latents, step = steps[:4], steps.transition
     found = []
     with mp.workdps(50):
         for i in range(SAMPLES):
@@ -65,42 +68,40 @@ def exact(steps: Steps) -> list[tuple[mp.mpf, mp.mpf]]:
                 d, rest = mp.mpf(p) - o, mp.mpf(z) - a * y
                 total += d * (mp.mpf(p) + o - 2 * rest / b)
                 square += d * d
-            n = latents[0][i].numel()
+            n = steps.pred[i].numel()
             log_ratio = -weight * b**2 * total / n
             found.append((log_ratio, std * (log_ratio + b**2 * square / n / (2 * std**2))))
     return found
 
 
-def numbers_of(step: Transition) -> tuple[Tensor, ...]:
-    return step.a, step.b, step.std
+def log_prob(pred: Tensor, steps: Steps) -> Tensor:
+    a, b, std = steps.transition[:3]
+    return step_cases.log_prob(pred, steps.x, steps.x_next, (a, b, std))
 
 
 def published(steps: Steps) -> Tensor:
     """The difference of two log-probabilities."""
-    pred, old, x, x_next, step = steps
-    numbers = numbers_of(step)
-    return step_cases.log_prob(pred, x, x_next, numbers) - step_cases.log_prob(
-        old, x, x_next, numbers
-    )
+    return log_prob(steps.pred, steps) - log_prob(steps.old, steps)
 
 
 def published_guard(steps: Steps) -> Tensor:
-    pred, old, _, _, step = steps
-    moved = step_cases.each(step.b, pred) * (pred - old)
-    bias = step_cases.mean(moved.square()) / (2 * step.std**2)
-    return (published(steps) + bias) * step.std
+    moved = step_cases.each(steps.transition.b, steps.pred) * (steps.pred - steps.old)
+    std = steps.transition.std
+    bias = step_cases.mean(moved.square()) / (2 * std**2)
+    return (published(steps) + bias) * std
 
 
 def ours(steps: Steps, **options: Any) -> Tensor:
-    pred, old, x, x_next, step = steps
-    return fastpref.grpo_loss(pred, old, x, x_next, step, 1.0, **options).log_ratio
+    given = {"old_pred": steps.old, **options}
+    return fastpref.grpo_loss(
+        steps.pred, x=steps.x, x_next=steps.x_next, transition=steps.transition, advantage=1.0,
+        **given,
+    ).log_ratio  # fmt: skip
 
 
 def stored(steps: Steps) -> Tensor:
     """From a log-probability in fp32, as a sampler stores it."""
-    pred, old, x, x_next, step = steps
-    log_prob = step_cases.log_prob(old, x, x_next, numbers_of(step))
-    return ours((pred, None, x, x_next, step), old_log_prob=log_prob, impl="triton")  # type: ignore[arg-type]
+    return ours(steps, old_pred=None, old_log_prob=log_prob(steps.old, steps), impl="triton")
 
 
 PROVIDERS: dict[str, dict[str, Callable[[Steps], Tensor]]] = {
