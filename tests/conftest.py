@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,6 +129,22 @@ def poisoned() -> Iterator[None]:
     assert torch.empty(1).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The kernel of each launch that the test makes, as they come."""
+    from fastpref_kernels import launch  # here, because Triton is not everywhere
+
+    found: list[Any] = []
+    real = launch._launch
+
+    def noted(kernel: Any, *rest: Any) -> Any:
+        found.append(kernel)
+        return real(kernel, *rest)
+
+    monkeypatch.setattr(launch, "_launch", noted)
+    return found
 
 
 @pytest.fixture(scope="session")
