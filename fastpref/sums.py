@@ -119,19 +119,21 @@ def _of_each(operand: Operand, n: int) -> tuple[Tensor | None, Tensor | None]:
 
 def samples(side: Side) -> list[Side]:
     """Each alone."""
-    found = []
-    for s in range(side.pred.shape[0]):
-        for b in range(side.pred.shape[1]):
+    members, groups = side.pred.shape[:2]
+    return [_part(side, s, slice(b, b + 1)) for s in range(members) for b in range(groups)]
 
-            def one(t: Any, s: int = s, b: int = b) -> Any:
-                if isinstance(t, tuple):
-                    return tuple(map(one, t))
-                if not isinstance(t, Tensor) or t.dim() == 0:
-                    return t
-                return t[slice(s, s + 1) if len(t) > s else slice(None), b : b + 1]
 
-            found.append(Side(*map(one, side)))
-    return found
+def _part(side: Side, s: int, groups: slice = slice(None)) -> Side:
+    """A member, of some groups."""
+
+    def own(t: Any) -> Any:
+        if isinstance(t, tuple):
+            return tuple(map(own, t))
+        if not isinstance(t, Tensor) or t.dim() == 0:
+            return t
+        return t[slice(s, s + 1) if len(t) > 1 else slice(None), groups]
+
+    return Side(*map(own, side))
 
 
 def cast_side(side: Side, dtype: torch.dtype) -> Side:
@@ -210,7 +212,7 @@ def mixed(off: Tensor, moved: Tensor, mix: Any) -> tuple[Tensor, Tensor]:
 def cross_of(sides: Sequence[Side], error_reduction: str, dtype: torch.dtype, swap: bool) -> Tensor:
     """(B,) of pairs: the mean product of what both predictions are off their targets, which both
     masks weigh, over the loser's size."""
-    first, last = sides if len(sides) == 2 else (_member(sides[0], 0), _member(sides[0], 1))
+    first, last = sides if len(sides) == 2 else (_part(sides[0], 0), _part(sides[0], 1))
     if swap:
         first, last = last, first
     first, last = cast_side(first, dtype), cast_side(last, dtype)
@@ -221,15 +223,6 @@ def cross_of(sides: Sequence[Side], error_reduction: str, dtype: torch.dtype, sw
     if first.mask is not last.mask:
         product = first.mask * product
     return per_sample(product, last, error_reduction)[0]
-
-
-def _member(side: Side, s: int) -> Side:
-    def one(t: Any) -> Any:
-        if isinstance(t, tuple):
-            return tuple(map(one, t))
-        return t[s : s + 1] if isinstance(t, Tensor) and t.dim() and len(t) > 1 else t
-
-    return Side(*map(one, side))
 
 
 def of_members(sums: Sequence[Sequence[Tensor]]) -> list[Tensor]:
