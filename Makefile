@@ -21,10 +21,10 @@ FLOOR := $(VENV)/bin/python -m uv pip install --quiet --no-config --python $(FLO
 test-floors: $(READY)
 	$(VENV)/bin/python -m uv venv --quiet --no-config --clear --python 3.11 $(FLOORS)
 	$(FLOOR) '.[triton,test]'
-	$(FLOORS)/bin/python -m pytest tests/test_losses.py tests/test_links.py tests/test_autograd.py
+	$(FLOORS)/bin/python -m pytest tests/loss/test_losses.py tests/kernels/test_links.py tests/loss/test_autograd.py
 	$(FLOOR) '.[train,test]'
-	$(FLOORS)/bin/python -m pytest tests/test_train_sdxl.py tests/test_generate.py \
-		tests/test_many_processes.py
+	$(FLOORS)/bin/python -m pytest tests/trainer/test_train_sdxl.py tests/trainer/test_generate.py \
+		tests/trainer/test_many_processes.py
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

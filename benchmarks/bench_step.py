@@ -53,7 +53,7 @@ sys.path[:0] = [
 
 from bench_loss import RESULTS, append, environment  # noqa: E402
 from cases import DEVICE, GPU, PUBLISHED, synchronize  # noqa: E402
-from objectives import Objective, add_loss_flags  # noqa: E402
+from trainer.losses import Objective, add_loss_flags  # noqa: E402
 
 NEEDED = ("accelerate", "diffusers", "peft", "safetensors", "transformers")
 LACKING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -66,8 +66,8 @@ if not LACKING:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
     from transformers.optimization import Adafactor
 
-    from policy import add_lora, clip_or_skip, make_optimizer, poison, trainable, without_adapters
-    from sdxl import (
+    from toy.tiny import tiny_sdxl
+    from trainer.families.sdxl import (
         DTYPES,
         VAE_DTYPES,
         Collator,
@@ -77,7 +77,8 @@ if not LACKING:
         latents_of,
         noisy_pairs,
     )
-    from tiny_sdxl import tiny_sdxl
+    from trainer.lora import add_lora, trainable, without_adapters
+    from trainer.optim import clip_or_skip, make_optimizer, poison
 
 GIB = 2**30
 FASTER, SMALLER = 1.5, 0.6  # at least and at most, against the papers' way

@@ -2,8 +2,8 @@
 
     python benchmarks/compiled_code.py [--tritons 3.6.0 3.7.1 ...]
 
-Puts each Triton (200 MB) into .venv-tritons/, compiles all cases of tests/aot.py with it, and
-checks them by tests/test_aot.py. The kernels of the table in benchmarks/README.md go to
+Puts each Triton (200 MB) into .venv-tritons/, compiles all cases of tests/helpers/aot.py with it,
+and checks them by tests/kernels/test_aot.py. The kernels of the table in benchmarks/README.md go to
 results/compiled.csv, and the table is drawn anew. No GPU is needed.
 """
 
@@ -32,7 +32,7 @@ DTYPES = (("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16"))
 def command(version: str, *words: str, capture: bool = False) -> subprocess.CompletedProcess[str]:
     """Runs this Python on `words` with another Triton in front of its own."""
     folder = TRITONS / version
-    paths = [folder, ROOT, ROOT / "kernels", ROOT / "tests"]
+    paths = [folder, ROOT, ROOT / "kernels", ROOT / "tests" / "helpers"]
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "TRITON_CACHE_DIR": str(folder / "cache"),
@@ -43,14 +43,14 @@ def command(version: str, *words: str, capture: bool = False) -> subprocess.Comp
 
 
 def compiled(version: str) -> list[dict[str, Any]]:
-    """The rows of tests/aot.py, which stay in .venv-tritons/ too."""
+    """The rows of tests/helpers/aot.py, which stay in .venv-tritons/ too."""
     if not (TRITONS / version / "triton").is_dir():
         install = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--no-deps"]
         install += ["--target", str(TRITONS / version), f"triton=={version}"]
         subprocess.run(install, check=True)
-    result = command(version, "tests/aot.py", capture=True)
+    result = command(version, "tests/helpers/aot.py", capture=True)
     if result.returncode:
-        sys.exit(f"tests/aot.py failed under Triton {version}:\n{result.stderr[-4000:]}")
+        sys.exit(f"tests/helpers/aot.py failed under Triton {version}:\n{result.stderr[-4000:]}")
     (TRITONS / f"{version}.jsonl").write_text(result.stdout)
     return [json.loads(line) for line in result.stdout.splitlines()]
 
@@ -132,7 +132,8 @@ def main() -> None:
         question = "import fastpref_kernels; print(fastpref_kernels.TRITON_MISSING)"
         unsupported = command(version, "-c", question, capture=True).stdout.strip()
         path = str(TRITONS / f"{version}.jsonl")
-        words = ["-q", "--timeout", "0", "tests/test_aot.py", "--aot_rows", path]  # it compiles too
+        # Without a time limit, as it compiles too.
+        words = ["-q", "--timeout", "0", "tests/kernels/test_aot.py", "--aot_rows", path]
         checks = command(version, "-m", "pytest", *words)
         verdict = "all as it should be" if checks.returncode == 0 else "NOT as it should be"
         kernels = f"{len(rows) - len(errors)} of {len(rows)} kernels compile"

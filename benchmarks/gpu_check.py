@@ -64,7 +64,7 @@ def benchmark(limit: float, name: str, *words: str) -> Command:
 
 
 def tests(where: Where) -> list[Command]:
-    return [Command(200, [*PYTEST, "tests/test_gpu.py"])]
+    return [Command(200, [*PYTEST, "tests/kernels/test_gpu.py"])]
 
 
 def report(where: Where) -> Command:
@@ -110,7 +110,10 @@ def sanitizers(where: Where) -> list[Command]:
     selected = "(test_shapes and mapo) or every_loss_is_its_formula and 0.01-dpo"
     families = "kto or rankdpo_4 or dspo or step_dpo or nft"
     selected += f" or published_and_fused_agree and dtypes0 and ({families})"
-    files = [f"tests/test_{name}.py" for name in ("pair_loss", "losses", "benchmarks")]
+    files = [
+        f"tests/{name}.py"
+        for name in ("loss/test_pair_loss", "loss/test_losses", "benchmarks/test_benchmarks")
+    ]
     words = [*PYTEST, *files, "-k", selected]
     sanitizer = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", found]
     return [
@@ -120,7 +123,7 @@ def sanitizers(where: Where) -> list[Command]:
 
 
 def suite(where: Where) -> list[Command]:
-    left_out = ("test_gpu.py", "test_aot.py", "test_gpu_check.py")
+    left_out = ("kernels/test_gpu.py", "kernels/test_aot.py", "benchmarks/test_gpu_check.py")
     words = [*PYTEST, "tests", "-q", *[f"--ignore=tests/{name}" for name in left_out]]
     if where.dry:
         words += ["-q", "--collect-only"]
@@ -164,7 +167,7 @@ class Summary:
 
 
 def environment(dry: bool) -> dict[str, str]:
-    paths = [str(ROOT), *[str(ROOT / name) for name in ("kernels", "tests", "benchmarks")]]
+    paths = [str(ROOT), *[str(ROOT / name) for name in ("kernels", "tests/helpers", "benchmarks")]]
     paths += [path for path in [os.environ.get("PYTHONPATH")] if path]
     made = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     made["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # a pool of processes takes longer to start

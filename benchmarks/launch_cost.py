@@ -22,7 +22,7 @@ from typing import Any
 from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter has no jit
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
 
 import torch
 import triton

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import startup  # noqa: F401 - before torch
+from trainer import startup  # noqa: F401 - before torch
 
 # isort: split
 import argparse
@@ -17,15 +17,15 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 import train_sdxl
-from checkpoints import written_aside
-from figures import plot_grid, plot_scores
-from flags import parse_args as parse_training_args
-from heldout import Scores, score_pairs
-from pair_data import PreferencePairs
-from pair_sources import load_pairs
-from photo_pairs import write_photo_pairs
-from tiny_sdxl import tiny_sdxl
-from vae_fit import fit_vae
+from toy.figures import plot_grid, plot_scores
+from toy.photo_pairs import write_photo_pairs
+from toy.tiny import tiny_sdxl
+from toy.vae_fit import fit_vae
+from trainer.args import parse_args as parse_training_args
+from trainer.data.pairs import PreferencePairs
+from trainer.data.sources import load_pairs
+from trainer.evaluate import Scores, score_pairs
+from trainer.files import whole_folder
 
 SIZE = 32  # pixels; the VAE makes 16 x 16 latents of them
 # SDXL's noise schedule is made for 128 x 128 latents. The same noise hides a smaller picture more,
@@ -102,7 +102,7 @@ def make_model(rows: Dataset, folder: Path, vae_steps: int, seed: int) -> None:
     )
     error = fit_vae(pipeline.vae, pixels, vae_steps, latent_std=LATENT_STD)
     print(f"vae: mean error {error / 2:.1%} of the range of a pixel")
-    with written_aside(folder) as aside:
+    with whole_folder(folder) as aside:
         pipeline.save_pretrained(aside)
 
 

@@ -9,7 +9,7 @@ With --guidance a third column: both models at once, or the trained one led away
 
 from __future__ import annotations
 
-import startup  # noqa: F401 - before torch
+from trainer import startup  # noqa: F401 - before torch
 
 # isort: split
 import argparse
@@ -22,7 +22,9 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
 
-from guided import (
+from trainer.export import LORA_FILE
+from trainer.families.sdxl import DTYPES, Encoders, add_model_flags
+from trainer.guidance import (
     HELP,
     TRAINED,
     Guidance,
@@ -33,9 +35,8 @@ from guided import (
     read_guidance,
     scheduler_config,
 )
-from lora_files import LORA_FILE
-from painting import Painter, read_prompts, write_grid, write_image
-from sdxl import DTYPES, Encoders, add_model_flags
+from trainer.plots import write_grid, write_image
+from trainer.sampling import Painter, read_prompts
 
 
 # fmt: off

@@ -24,13 +24,14 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 import fastpref
-from digit_judge import assess
-from digits import NUM_TRAIN_TIMESTEPS, SIZE, Digits, Model, UNet, paint, restyle
 from fastpref.guidance import AnnealedGuidance, merged_negative
 from mismatch_study import SPEED
-from study_figures import COLORS, in_decimals, save, tidy
-from study_methods import DPO, Method, choose, read_trials
-from study_runs import Run, World, align, load_world, make_base, make_judge, write_aside
+from study.digits import NUM_TRAIN_TIMESTEPS, SIZE, Digits, Model, UNet, paint, restyle
+from study.figures import COLORS, in_decimals, save, tidy
+from study.judge import assess
+from study.methods import DPO, Method, choose, read_trials
+from study.runs import Run, World, align, load_world, make_base, make_judge
+from trainer.files import write_whole
 
 STEPS = 25  # of DDIM
 TUNED = {"none": ["RankDPO"], "thick": ["MaPO", "DPO"]}  # methods that aligned, by style
@@ -146,7 +147,7 @@ def write_rows(path: Path, rows: list[Row]) -> None:
     table.writeheader()
     for row in rows:
         table.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
-    write_aside(path, text.getvalue().encode())
+    write_whole(path, text.getvalue().encode())
 
 
 Group = Mapping[str, list[float]]  # values of each measure, one a seed

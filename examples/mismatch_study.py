@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from digits import STYLES
 from fastpref.health import health
-from study_checks import Best, check, judge_accuracy, report
-from study_figures import plot_gallery, plot_study
-from study_methods import GALLERY, MAIN, METHODS, TUNING_CSV, choose, describe, read_trials
-from study_runs import Run, World, execute, load_world, make_base, make_judge, write_aside
+from study.checks import Best, check, judge_accuracy, report
+from study.digits import STYLES
+from study.figures import plot_gallery, plot_study
+from study.methods import GALLERY, MAIN, METHODS, TUNING_CSV, choose, describe, read_trials
+from study.runs import Run, World, execute, load_world, make_base, make_judge
+from trainer.files import write_whole
 
 FIELDS = (
     "style", "method", "setting", "seed", "steps", "samples", "joint", "digit", "in_style",
@@ -146,7 +147,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     table.writeheader()
     for row in rows:
         table.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
-    write_aside(path, text.getvalue().encode())
+    write_whole(path, text.getvalue().encode())
 
 
 def tune(args: argparse.Namespace) -> int:
@@ -191,7 +192,7 @@ def study(args: argparse.Namespace) -> int:
     world = load_world(args.output_dir, runs[0].base_steps, runs[0].judge_steps, args.device)
     findings = check(rows, trials, judge_accuracy(world), best)
     text = report(rows, findings, best)
-    write_aside(args.output_dir / "table.txt", f"{text}\n".encode())
+    write_whole(args.output_dir / "table.txt", f"{text}\n".encode())
     draw(records, world, best, args.output_dir)
     print(f"{text}\n\n{args.output_dir}/ holds results.csv, table.txt, the figures and each run's "
           f"curves under runs/ ({(time.monotonic() - began) / 60:.1f} minutes).")  # fmt: skip

@@ -11,7 +11,9 @@ the pair's index, so a run does not depend on workers, batch layout, or having b
 
 from __future__ import annotations
 
-import startup  # noqa: F401 - before torch
+from policy import check_sharding
+
+from trainer import startup  # noqa: F401 - before torch
 
 # isort: split
 import argparse
@@ -37,40 +39,20 @@ from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
 import fastpref
-from check_data import check_data
-from checkpoints import (
+from trainer.args import check_resolutions, parse_args
+from trainer.card import push, write_card
+from trainer.checkpoints import (
     STATE_FILE,
     find_checkpoint,
+    keep_only_what_learns,
     list_checkpoints,
     load_checkpoint,
     prune,
-    remove_leftovers,
     step_of,
-    written_aside,
 )
-from curves import plot_curves, read_metrics, truncate_metrics
-from flags import check_resolutions, parse_args
-from heldout import HeldOut
-from journal import Journal
-from latent_cache import release
-from model_card import push, write_card
-from objectives import Objective
-from painting import Painter
-from pair_data import bucket_sizes
-from policy import (
-    EMA,
-    add_lora,
-    averaged,
-    check_sharding,
-    clip_or_skip,
-    keep_only_what_learns,
-    make_optimizer,
-    poison,
-    save_trained,
-    trainable,
-    without_adapters,
-)
-from run_data import (
+from trainer.data.cache import release
+from trainer.data.check import check_data
+from trainer.data.loader import (
     heldout_rows,
     make_loader,
     make_pairs,
@@ -78,7 +60,10 @@ from run_data import (
     tell_refused,
     train_rows,
 )
-from sdxl import (
+from trainer.data.pairs import bucket_sizes
+from trainer.evaluate import HeldOut
+from trainer.export import save_trained
+from trainer.families.sdxl import (
     DTYPES,
     Collator,
     Draws,
@@ -94,8 +79,15 @@ from sdxl import (
     noisy_pairs,
     side_factor,
 )
-from stopping import Stop
-from watching import Watch
+from trainer.files import remove_leftovers, whole_folder
+from trainer.lora import add_lora, trainable, without_adapters
+from trainer.losses import Objective
+from trainer.metrics import Journal, read_metrics, truncate_metrics
+from trainer.monitor import Watch
+from trainer.optim import EMA, averaged, clip_or_skip, make_optimizer, poison
+from trainer.plots import plot_curves
+from trainer.sampling import Painter
+from trainer.signals import Stop
 
 
 def main(args: argparse.Namespace) -> None:
@@ -299,7 +291,7 @@ def train(args: argparse.Namespace, stop: Stop) -> None:
         """Write everything a later run needs to go on from here as if nothing had happened."""
         journal.flush()
         target = output_dir / f"checkpoint-{journal.step}"
-        with written_aside(target, accelerator) as aside:
+        with whole_folder(target, accelerator) as aside:
             accelerator.save_state(str(aside))
             if accelerator.is_main_process:
                 seen = state["pairs_seen"] + (journal.step - step) * pairs_per_step

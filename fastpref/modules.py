@@ -144,7 +144,7 @@ def needed_of(function: Callable[..., Any]) -> list[str]:
     return [name for name in names if parameters[name].default is None]
 
 
-# What follows is written by `python tests/derived.py`, from the functions in losses/.
+# What follows is written by tests/helpers/derived.py, from the functions in losses/.
 
 
 class MaPOLoss(LossModule):

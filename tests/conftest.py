@@ -30,10 +30,10 @@ TRAINER = (
 NEEDS = {
     **dict.fromkeys(
         (
-            "test_bench_step.py", "test_examples_data.py", "test_generate.py", "test_heldout.py",
-            "test_latent_cache.py", "test_lora_files.py", "test_many_processes.py",
-            "test_painting.py", "test_pair_sources.py", "test_readme.py", "test_resume_safety.py",
-            "test_signals.py", "test_train_options.py", "test_train_sdxl.py",
+            "test_bench_step.py", "test_cache.py", "test_evaluate.py", "test_export.py",
+            "test_generate.py", "test_images_and_pairs.py", "test_many_processes.py",
+            "test_readme.py", "test_resume_safety.py", "test_sampling.py", "test_signals.py",
+            "test_sources.py", "test_train_options.py", "test_train_sdxl.py",
         ),
         TRAINER,
     ),
@@ -56,7 +56,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bare", action="store_true", help="leave out what needs missing packages")
     text = "of what tests draw at random, if they have no seed of their own"
     parser.addoption("--seed", type=int, default=0, help=text)
-    text = "what `python tests/aot.py` printed, for test_aot.py to check instead of compiling"
+    text = "what tests/helpers/aot.py printed, for test_aot.py to check instead of compiling"
     parser.addoption("--aot_rows", type=Path, metavar="FILE", help=text)
 
 
@@ -149,7 +149,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a small run of the trainer needs (tests/small_run.py)."""
+    """What a small run of the trainer needs (tests/helpers/small_run.py)."""
     from small_run import make_world  # here, because diffusers is not everywhere
 
     return make_world(tmp_path_factory.mktemp("world"))

@@ -1,0 +1,1 @@
+"""Tiny pipelines and pairs of photographs, for the demo and the tests."""

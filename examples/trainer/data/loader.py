@@ -1,0 +1,155 @@
+"""Knows the data of a run, from the flags to batches: read, looked through, out of a cache."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import BatchSamplerShard
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, IterableDataset
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from trainer.data.cache import build_cache
+from trainer.data.images import Size
+from trainer.data.pairs import PairBatches, PreferencePairs, StreamedPairs
+from trainer.data.sources import has_splits, read_rows, settle_ties, survey
+from trainer.families.sdxl import VAE_DTYPES, Collator, Encoders
+from trainer.signals import leave_signals_to_parent
+
+Rows: TypeAlias = Dataset | IterableDataset
+
+
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say about making a pair for training."""
+    names = (
+        "seed", "random_crop", "random_flip", "label_noise_prob", "proportion_empty_prompts",
+        "loser_caption_column", "score_columns", "sign_column",
+    )  # fmt: skip
+    return {name: getattr(args, name) for name in names}
+
+
+def all_rows(
+    args: argparse.Namespace, name: str, split: str, extra: Sequence[str | None] = (),
+    streaming: bool = False,
+) -> Rows:  # fmt: skip
+    """The rows of a data set, ties and all."""
+    return read_rows(
+        name, split, args.cache_dir,
+        [column for column in (args.loser_caption_column, *extra) if column],
+        image_columns=args.image_columns, label_column=args.label_column,
+        caption_column=args.caption_column, streaming=streaming,
+    )  # fmt: skip
+
+
+def train_rows(args: argparse.Namespace, ties_too: bool = False) -> Rows:
+    """The rows to train on."""
+    extra = [*(args.score_columns or ()), args.sign_column]
+    rows = all_rows(args, args.dataset_name, args.dataset_split_name, extra, args.streaming)
+    return rows if ties_too else settle_ties(rows, args.ties, args.seed, args.max_train_samples)
+
+
+def heldout_rows(args: argparse.Namespace) -> Rows | None:
+    """The rows to score, if the flags name any."""
+    if not args.eval_dataset_name and not args.eval_split_name:
+        return None
+    if not args.eval_dataset_name and not has_splits(args.dataset_name):
+        raise ValueError(
+            f"--eval_split_name is {args.eval_split_name}, but --dataset_name {args.dataset_name} "
+            "has no splits; need --eval_dataset_name, with pairs that are not trained on"
+        )
+    name, split = args.eval_dataset_name or args.dataset_name, args.eval_split_name or "validation"
+    return settle_ties(all_rows(args, name, split), args.ties, args.seed, args.max_eval_samples)
+
+
+def make_pairs(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    rows: Dataset,
+    sizes: Sequence[Size],
+    encoders: Encoders,
+    **making: Any,
+) -> PreferencePairs:
+    """The pairs of the rows whose images are whole, out of the latent cache if there is one."""
+    rows, buckets = usable(args, accelerator, rows, sizes)
+    cached = None
+    if args.latent_cache:
+        columns = ["caption", making.get("loser_caption_column")]
+        cached = build_cache(
+            Path(args.latent_cache), rows, buckets, sizes, encoders, accelerator,
+            random_flip=making.get("random_flip", False), batch_size=2 * args.train_batch_size,
+            dtype=VAE_DTYPES[args.latent_cache_dtype],
+            caption_columns=[column for column in columns if column],
+            captions=not args.train_text_encoder, num_workers=args.dataloader_num_workers,
+        )  # fmt: skip
+    return PreferencePairs(rows, sizes, buckets, cached=cached, **making)
+
+
+def make_loader(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    data: PreferencePairs | IterableDataset,
+    sizes: Sequence[Size],
+    collate: Collator,
+    pairs_seen: int,
+    count: int,
+) -> DataLoader[Any]:
+    """This process's batches after the pairs that all together have seen: `count`, or of a stream
+    without end."""
+    processes, process = accelerator.num_processes, accelerator.process_index
+    loading: dict[str, Any] = {
+        "collate_fn": collate,
+        "num_workers": args.dataloader_num_workers,
+        "pin_memory": accelerator.device.type == "cuda",
+        "generator": torch.Generator(),  # its own, so that the global RNG is left alone
+        "worker_init_fn": leave_signals_to_parent,
+    }
+    if isinstance(data, PreferencePairs):
+        assert data.buckets is not None
+        batches = PairBatches(
+            data.buckets, args.train_batch_size, args.seed, pairs_seen, count * processes
+        )
+        ours = BatchSamplerShard(batches, processes, process)
+        return DataLoader(data, batch_sampler=ours, **loading)
+    stream = StreamedPairs(
+        data, sizes[0], rank=process, world=processes, start=pairs_seen,
+        batch_size=args.train_batch_size, **options(args),
+    )  # fmt: skip
+    return DataLoader(stream, batch_size=args.train_batch_size, **loading)
+
+
+def usable(
+    args: argparse.Namespace, accelerator: Accelerator, rows: Dataset, sizes: Sequence[Size]
+) -> tuple[Dataset, NDArray[np.int64]]:
+    """The rows whose images are whole, and their buckets. One process looks, for all."""
+    seen: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        found = survey(
+            rows, sizes, workers=args.dataloader_num_workers, max_refused=args.max_refused
+        )
+        tell_refused(args, [f"{image.where}: {image.reason}" for image in found.refused])
+        seen = [{image.row for image in found.refused}, found.buckets]
+    refused, buckets = broadcast_object_list(seen)
+    if refused:
+        rows = rows.select([row for row in range(len(rows)) if row not in refused])
+    return rows, buckets
+
+
+def tell_refused(args: argparse.Namespace, lines: Sequence[str], anew: bool = False) -> None:
+    """Say which images are left out: on the screen how many, in refused.txt which and why."""
+    path = Path(args.output_dir) / "refused.txt"
+    if anew:
+        path.unlink(missing_ok=True)
+    known = set(path.read_text().splitlines()) if lines and path.exists() else set()
+    new = [line for line in dict.fromkeys(lines) if line not in known]
+    if new:
+        tqdm.write(f"{len(new)} images refused, such as {new[0]}; all are in {path}")
+        with path.open("a") as file:
+            file.writelines(f"{line}\n" for line in new)

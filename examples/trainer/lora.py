@@ -1,0 +1,61 @@
+"""LoRA adapters: where they are added, and the model without them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
+TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+def add_lora(args: argparse.Namespace, unet: Any, text_encoders: Sequence[Any]) -> None:
+    """Give the UNet, and the text encoders that come, adapters in fp32; all else is frozen."""
+    for model in (unet, *text_encoders):
+        chosen: dict[str, Any] = {"target_modules": UNET_LAYERS}
+        if model is not unet:
+            # SDXL reads the states before the last layer; only the second encoder's own output
+            # comes from behind it. An adapter there would get no gradient, which DDP waits for.
+            unread = model.config.num_hidden_layers - (model is text_encoders[0])
+            chosen = {"target_modules": TEXT_LAYERS, "layers_to_transform": list(range(unread))}
+        model.requires_grad_(False)
+        model.add_adapter(
+            LoraConfig(
+                r=args.lora_rank,
+                lora_alpha=args.lora_alpha or args.lora_rank,
+                init_lora_weights="gaussian",
+                **chosen,
+            )
+        )
+        cast_training_params(model, torch.float32)
+
+
+def trainable(models: Sequence[torch.nn.Module]) -> list[torch.nn.Parameter]:
+    """The parameters that learn."""
+    return [p for model in models for p in model.parameters() if p.requires_grad]
+
+
+@contextmanager
+def without_adapters(*models: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The models (the first comes back) as they were before `add_lora`: what they are compared
+    with."""
+    layers = [
+        layer for model in models for layer in model.modules() if isinstance(layer, BaseTunerLayer)
+    ]
+    try:
+        for layer in layers:
+            # peft's own switch also takes requires_grad away, which FSDP would remember.
+            layer._disable_adapters = True
+            if not layer.disable_adapters:
+                raise RuntimeError("this version of peft has another switch for adapters")
+        yield models[0]
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False

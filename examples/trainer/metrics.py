@@ -1,0 +1,95 @@
+"""Knows how a run's metrics get from the device to the progress bar, the trackers and the disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from trainer.files import whole_file
+
+SHOWN = ("loss", "margin", "accuracy", "mse_w", "mse_l")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that was cut off is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def append_metrics(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Add rows to a metrics.jsonl."""
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Keep the rows up to `step`, the one a run goes on from."""
+    rows = [row for row in read_metrics(path) if row["step"] <= step]
+    with whole_file(path) as aside:
+        append_metrics(aside, rows) if rows else aside.touch()
+
+
+class Journal:
+    """The metrics of a run, left on the device until many steps are read in one go."""
+
+    def __init__(
+        self, accelerator: Accelerator, path: Path, progress: tqdm, step: int, bad_in_row: int
+    ) -> None:
+        self.accelerator, self.path, self.progress = accelerator, path, progress
+        self.step = step  # the last one that ended
+        self.bad_in_row = bad_in_row  # steps skipped in a row, up to the last one that was read
+        self.longest = 0  # of the rows of skipped steps that were read
+        self.skipped = 0  # steps skipped of those that were read
+        self.names: list[str] = []
+        self.parts: list[Tensor] = []  # of the micro-batches of this step
+        self.unread: list[Tensor] = []
+        self.unread_lrs: list[float] = []
+
+    def note(self, metrics: Mapping[str, Tensor]) -> None:
+        """Take what one micro-batch gave."""
+        self.names = list(metrics)
+        self.parts.append(torch.stack([value.detach().float() for value in metrics.values()]))
+
+    def end_step(self, lr: float, grad_norm: Tensor, skipped: Tensor) -> None:
+        """The optimizer made a step with the gradients of the micro-batches noted so far."""
+        whole = torch.stack([grad_norm.float(), skipped.float()])
+        self.unread.append(torch.cat([torch.stack(self.parts).mean(dim=0), whole]))
+        self.unread_lrs.append(lr)
+        self.parts.clear()
+        self.step += 1
+        self.progress.update()
+
+    def flush(self) -> None:
+        """Average the unread steps over the processes, read them at once, and log them."""
+        if not self.unread:
+            return
+        means = self.accelerator.reduce(torch.stack(self.unread), reduction="mean").tolist()
+        names = [*self.names, "grad_norm", "skipped"]
+        first = self.step - len(means) + 1
+        rows = [
+            {"step": first + i, "lr": lr, **dict(zip(names, values, strict=True))}
+            for i, (lr, values) in enumerate(zip(self.unread_lrs, means, strict=True))
+        ]
+        self.unread.clear()
+        self.unread_lrs.clear()
+        if self.accelerator.is_main_process:
+            append_metrics(self.path, rows)
+        for row in rows:
+            self.bad_in_row = self.bad_in_row + 1 if row["skipped"] else 0
+            self.longest = max(self.longest, self.bad_in_row)
+            self.skipped += bool(row["skipped"])
+            self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+        shown = {name: f"{rows[-1][name]:.3g}" for name in SHOWN}
+        self.progress.set_postfix(shown | ({"skipped": self.skipped} if self.skipped else {}))

@@ -1,0 +1,138 @@
+"""Knows how the same prompts are painted by one UNet after another, and laid out side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    SchedulerMixin,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from tqdm.auto import tqdm
+
+from trainer.evaluate import evaluating
+from trainer.families.sdxl import Encoders
+
+MARGIN = 8  # pixels between the parts of a grid
+LABEL_WIDTH = 220
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a text file: one a line, empty lines left out."""
+    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt; need one a line")
+    return prompts
+
+
+class Painter:
+    """Paints the same prompts from the same noise, whatever the UNet has become.
+
+    Prompts are embedded here, once, and wait on the CPU, so that the text encoders may be freed;
+    `load_vae` is called for each painting, and what it returns, made fp32, is let go of afterwards.
+    `autocast` holds for the UNet alone. Prompt number i is painted from seed + i.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        encoders: Encoders,
+        device: torch.device,
+        height: int,
+        width: int,
+        steps: int,
+        guidance_scale: float,
+        seed: int,
+        load_vae: Callable[[], AutoencoderKL],
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        if not prompts:
+            raise ValueError("prompts is empty; need one or more")
+        if height % 8 or width % 8 or min(height, width, steps) < 1:
+            raise ValueError(
+                f"height is {height}, width {width} and steps {steps}; need multiples of 8, and "
+                "a step or more"
+            )
+        self.prompts, self.device, self.seed = list(prompts), device, seed
+        self.load_vae, self.autocast = load_vae, autocast
+        self.settings = {
+            "height": height,
+            "width": width,
+            "num_inference_steps": steps,
+            "guidance_scale": guidance_scale,
+        }
+        self.tokenizers = encoders.tokenizers
+        self.conditions = self.embed(encoders.text_encoders)
+
+    @torch.no_grad()
+    def embed(self, text_encoders: Sequence[Any]) -> list[dict[str, torch.Tensor]]:
+        """What the pipeline takes in the place of each prompt, and of the empty one that guidance
+        leads away from; on the CPU."""
+        pipeline = StableDiffusionXLPipeline(
+            None, *text_encoders, *self.tokenizers, unet=None, scheduler=None, add_watermarker=False
+        )
+        names = ("", "negative_", "pooled_", "negative_pooled_")
+        conditions = []
+        for prompt in self.prompts:
+            embedded = pipeline.encode_prompt(
+                prompt,
+                device=self.device,
+                do_classifier_free_guidance=self.settings["guidance_scale"] > 1,
+            )
+            conditions.append(
+                {
+                    f"{name}prompt_embeds": tensor.cpu()
+                    for name, tensor in zip(names, embedded, strict=True)
+                    if tensor is not None
+                }
+            )
+        return conditions
+
+    def paint(
+        self,
+        unet: UNet2DConditionModel,
+        scheduler: SchedulerMixin | Mapping[str, Any],
+        text_encoders: Sequence[Any] = (),
+        applied: Callable[[Any], AbstractContextManager[Any]] = nullcontext,
+    ) -> list[Image.Image]:
+        """A picture of each prompt, which text encoders embed anew where they come: if they learn.
+
+        `applied` gets the pipeline that paints and holds meanwhile, as fastpref.guidance's does.
+
+        Of a scheduler's config alone SDXL's own sampler is made; a scheduler is used as a copy, so
+        that the steps set on it stay here.
+        """
+        if isinstance(scheduler, SchedulerMixin):
+            scheduler = type(scheduler).from_config(scheduler.config)
+        else:
+            scheduler = EulerDiscreteScheduler.from_config(scheduler)
+        vae = self.load_vae().to(self.device).float()
+        pipeline = StableDiffusionXLPipeline(
+            vae, None, None, None, None, unet, scheduler, add_watermarker=False
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        pictures = []
+        with evaluating(unet, *text_encoders), applied(pipeline):
+            conditions = self.embed(text_encoders) if text_encoders else self.conditions
+            for i, condition in enumerate(tqdm(conditions, desc="painting", leave=False)):
+                embeds = {k: v.to(self.device, unet.dtype) for k, v in condition.items()}
+                generator = torch.Generator().manual_seed(self.seed + i)  # alike on every device
+                with self.autocast():
+                    latents = pipeline(
+                        **embeds, **self.settings, generator=generator, output_type="latent"
+                    ).images
+                pixels = vae.decode(latents.float() / vae.config.scaling_factor).sample
+                pictures += pipeline.image_processor.postprocess(pixels, output_type="pil")
+        del pipeline, vae
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # for the training step that comes next
+        return pictures

@@ -1,0 +1,136 @@
+"""Two processes train what one does: with copies of the model or parts of it, whole or LoRA."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.utils import DistributedType
+from policy import check_sharding
+
+from small_run import ROOT, Train, argv, assert_same_weights, seeing, unet_of
+from trainer.args import parse_args
+from trainer.metrics import read_metrics
+
+LAUNCH = ROOT / "tests" / "helpers" / "launch_trainer.py"
+CONFIGS = ROOT / "examples" / "configs" / "accelerate"
+# A larger epsilon keeps Adam from making a full step of a gradient that is but rounding.
+FLAGS: dict[str, Any] = {
+    "max_train_steps": 4,
+    "checkpointing_steps": 2,
+    "adam_epsilon": 1e-3,
+    "learning_rate": 1e-2,
+    "log_every": 1,
+}
+LORA: dict[str, Any] = {"lora_rank": 4, "loss": "dpo", "beta": 100}
+
+
+def sharding(kind: str | None) -> dict[str, str]:
+    """What `accelerate launch` makes of the files that we ship."""
+    if kind == "fsdp":
+        config = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())["fsdp_config"]
+        names = {"fsdp_transformer_layer_cls_to_wrap": "fsdp_transformer_cls_to_wrap"}
+        settings = {names.get(key, key).upper(): str(value) for key, value in config.items()}
+        return {"ACCELERATE_USE_FSDP": "true", **settings}
+    if kind == "deepspeed":
+        config = yaml.safe_load((CONFIGS / "zero2.yaml").read_text())["deepspeed_config"]
+        settings = {f"ACCELERATE_DEEPSPEED_{key}".upper(): str(v) for key, v in config.items()}
+        return {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu", **settings}
+    return {}
+
+
+def train_by_two(world: Path, folder: Path, by: str | None = None, **flags: Any) -> Path:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(LAUNCH), *(["--by", by] if by else [])]
+    environment = {**os.environ, **sharding(by), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*command, *argv(world, folder, **flags)],
+        env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    assert_same_weights(one, two, rtol=1e-4, atol=1e-5)
+    for a, b in zip(*(read_metrics(f / "metrics.jsonl") for f in (one, two)), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("by", [None, "fsdp", "deepspeed"])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_two_processes_train_what_one_does(
+    train: Train, world: Path, tmp_path: Path, kind: str, by: str | None
+) -> None:
+    if by == "deepspeed":
+        pytest.importorskip("deepspeed")
+    flags = FLAGS | (LORA if kind == "lora" else {})
+    one = train("one", train_batch_size=4, **flags)
+    two = train_by_two(world, tmp_path / "two", by, train_batch_size=2, **flags)
+    assert_same_run(one, two)
+
+    # From the checkpoint in the middle they end at the same place.
+    result = "pytorch_lora_weights.safetensors" if kind == "lora" else "pipeline"
+    again = tmp_path / "again"
+    shutil.copytree(two, again, ignore=shutil.ignore_patterns("checkpoint-4", result))
+    train_by_two(world, again, by, train_batch_size=2, resume_from_checkpoint="latest", **flags)
+    assert_same_weights(two, again)
+
+
+def test_shards_in_bf16_start_as_their_reference(world: Path, tmp_path: Path) -> None:
+    flags = {**FLAGS, **LORA, "mixed_precision": "bf16", "gradient_checkpointing": True}
+    rows = read_metrics(train_by_two(world, tmp_path / "run", "fsdp", **flags) / "metrics.jsonl")
+    assert rows[0]["margin"] == 0
+    assert rows[-1]["mse_w"] != rows[-1]["ref_mse_w"]
+
+
+@pytest.mark.parametrize("by", [None, "fsdp", "deepspeed"])
+def test_a_bad_loss_in_one_process_skips_the_step_in_all(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str | None
+) -> None:
+    if by == "deepspeed":
+        pytest.importorskip("deepspeed")
+    monkeypatch.setenv("SPOIL", "1:2")
+    folder = train_by_two(world, tmp_path / "run", by, **FLAGS)
+    assert [row["skipped"] for row in read_metrics(folder / "metrics.jsonl")] == [0, 1, 0, 0]
+    assert all(value.isfinite().all() for value in unet_of(folder).values())
+
+
+def test_one_process_goes_on_from_the_checkpoint_of_two(
+    train: Train, world: Path, tmp_path: Path
+) -> None:
+    flags = {**FLAGS, **seeing(world), "use_ema": True, "latent_cache": tmp_path / "cache"}
+    two = train_by_two(world, tmp_path / "two", train_batch_size=2, **flags)
+    shutil.copytree(two, tmp_path / "one", ignore=shutil.ignore_patterns("checkpoint-4"))
+    one = train("one", train_batch_size=4, **flags, resume_from_checkpoint="latest")
+    assert_same_run(one, two)
+    for a, b in zip(*(read_metrics(f / "eval.jsonl") for f in (one, two)), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-3)
+    assert (two / "validation" / "step-4.png").exists()
+
+
+@pytest.mark.parametrize("flags", [{"use_ema": True}, {**LORA, "train_text_encoder": True}])
+def test_what_cannot_be_sharded_says_so(
+    world: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any]
+) -> None:
+    args = parse_args(argv(world, Path("run"), **flags))
+    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        accelerator = SimpleNamespace(distributed_type=kind)
+        with pytest.raises(ValueError, match=f"came with {kind.value}; need one process, or DDP"):
+            check_sharding(args, accelerator)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2"])
+def test_accelerate_reads_our_configurations(name: str) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED"}
+    assert config.distributed_type == kinds[name]
