@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,6 +142,19 @@ def test_a_vae_alone(family: str, prefix: str, files: World, tmp_path: Path) -> 
     assert half.dtype == torch.float16
 
 
+def test_a_config_with_a_safety_checker(files: World, tmp_path: Path) -> None:
+    _, path, config = files["sd15"]
+    shutil.copytree(config, folder := tmp_path / "config")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index |= {"feature_extractor": ["transformers", "CLIPImageProcessor"]}
+    index |= {"requires_safety_checker": True, "scheduler": ["diffusers", "PNDMScheduler"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    loaded = load_single_file(StableDiffusionPipeline, path, folder)
+    assert loaded.safety_checker is loaded.feature_extractor is None
+    assert type(loaded.scheduler).__name__ == "PNDMScheduler"
+
+
 def test_parts_replace_those_of_the_file(files: World, tmp_path: Path) -> None:
     pipeline, path, config = files["sdxl"]
     tensors = {n: v for n, v in load_file(path).items() if not n.startswith("conditioner.")}
@@ -170,6 +185,15 @@ def diffusers_unet(path: Path) -> None:
     save_file(tiny_sdxl(**SMALL).unet.state_dict(), path)
 
 
+def sd3(path: Path) -> None:
+    name = "model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight"
+    save_file({name: torch.zeros(1)}, path)
+
+
+def words(path: Path) -> None:
+    save_file({"emb_params": torch.zeros(1, 2)}, path)
+
+
 def garbage(path: Path) -> None:
     path.write_bytes(b"no tensors in here, only words")
 
@@ -184,7 +208,9 @@ def nothing(path: Path) -> None:
         (lora, "holds a LoRA, need {base} in the original layout"),
         (diffusers_lora, "holds a LoRA, need {base}"),
         (vae_alone, "holds a VAE, need {base}"),
-        (diffusers_unet, "holds something else, need {base}"),
+        (diffusers_unet, "holds a UNet in diffusers' layout, need {base}"),
+        (sd3, "holds SD3, need {base}"),
+        (words, "holds something else, need {base}"),
         (garbage, "is not a safetensors file"),
         (nothing, "is not a file, need a .safetensors file"),
     ],

@@ -62,6 +62,10 @@ def kind_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
         return SD
     if has(VAE, "encoder.conv_in.", "decoder.conv_in.") and not has(UNET):
         return "a VAE"
+    if any("joint_blocks." in name for name in shapes):
+        return "SD3"
+    if has("down_blocks."):
+        return "a UNet in diffusers' layout"
     return "something else"
 
 
@@ -119,7 +123,7 @@ def load_single_file(
 
     `config`, a local folder or a name on the hub, has in diffusers' format what the file has not:
     the configurations of all parts, the tokenizers and the scheduler. `parts` are used instead of
-    those of the file or of `config`. A safety checker is loaded from neither.
+    those of the file or of `config`. A safety checker comes from neither.
     """
     path = Path(path)
     is_xl = issubclass(pipeline_class, StableDiffusionXLPipeline)
@@ -136,6 +140,9 @@ def load_single_file(
     check_base(path, SDXL if is_xl else SD, folder, parts)
     if is_xl and "text_encoder_2" not in parts:
         parts["text_encoder_2"] = second_encoder(path, folder, dtype)
+    if not is_xl:  # else diffusers warns of a missing checker, and wants what prepares its pictures
+        no_checker = {"safety_checker": None, "requires_safety_checker": False}
+        parts = {**no_checker, "feature_extractor": None, **parts}
     pipeline = from_file(pipeline_class, path, folder, torch_dtype=dtype, **parts)
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):
