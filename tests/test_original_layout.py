@@ -28,13 +28,18 @@ families = pytest.mark.parametrize("family", ["sd15", "sd2", "sdxl"])
 def test_pipelines_without_original_names() -> None:
     with pytest.raises(ValueError, match="pipeline: StableDiffusion3Pipeline, need StableDiff"):
         to_original(tiny_sd3())
-    pipeline = tiny_sd15(**SMALL)
-    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    with pytest.raises(ValueError, match=r"unet: .*to_q.* has no name .*; merge or unload the ad"):
-        to_original(pipeline)
+    for part, target in (("unet", "to_q"), ("text_encoder_2", "q_proj")):
+        adapted = tiny_sdxl(**SMALL)
+        adapted.components[part].add_adapter(LoraConfig(r=2, target_modules=[target]))
+        with pytest.raises(ValueError, match=f"{part}: .*{target}.* is of an adapter; merge or"):
+            to_original(adapted)
     pipeline = tiny_sd15(**SMALL)
     pipeline.vae = None
     with pytest.raises(ValueError, match="pipeline: its vae is None, need all parts"):
+        to_original(pipeline)
+    pipeline = tiny_sd15(**SMALL)
+    pipeline.unet = UNet2DConditionModel.from_config(pipeline.unet.config, time_cond_proj_dim=4)
+    with pytest.raises(ValueError, match=r"unet: time_embedding\.cond_proj\.weight has no name"):
         to_original(pipeline)
 
 
@@ -153,6 +158,44 @@ def test_the_names_of_published_models(family: str) -> None:
     some |= {f"first_stage_model.{name}": shape for name, shape in VAE.items()}
     for name, shape in (some | OTHERS[family]).items():
         assert found[name].shape == shape, name
+
+
+# The numbers of the parts that each layer of the UNet has, from the first layer to the last: 0 a
+# block of convolutions or a halving, 1 attention, and behind it, or instead of it, a doubling.
+LAYERS = {
+    "sd15": {
+        "input_blocks": "0 01 01 0 01 01 0 01 01 0 0 0",
+        "output_blocks": "0 0 01 01 01 012 01 01 012 01 01 01",
+    },
+    "sdxl": {
+        "input_blocks": "0 0 0 0 01 01 0 01 01",
+        "output_blocks": "01 01 012 01 01 012 0 0 0",
+    },
+}
+INSIDE = {"in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3"}
+
+
+@pytest.mark.parametrize("family", list(LAYERS))
+def test_the_layers_of_published_unets(family: str) -> None:
+    found = [n.removeprefix(UNET) for n in to_original(published(family)) if n.startswith(UNET)]
+    skips = set()
+    for side, layers in LAYERS[family].items():
+        for number, parts in enumerate(layers.split()):
+            begin = f"{side}.{number}."
+            names = [name.removeprefix(begin) for name in found if name.startswith(begin)]
+            assert {name[0] for name in names} == set(parts), begin
+            inside = {n.removeprefix("0.").rpartition(".")[0] for n in names if n[0] == "0"}
+            if "0.skip_connection.weight" in names:
+                inside.remove("skip_connection")
+                skips.add(begin)
+            first, halving = begin == "input_blocks.0.", "0.op.weight" in names
+            assert inside == ({""} if first else {"op"} if halving else INSIDE)
+            assert halving == (side == "input_blocks" and number in (3, 6, 9)), begin
+        assert f"{side}.{number + 1}.0.in_layers.0.weight" not in found
+    widening = {"input_blocks.4.", "input_blocks.7."}
+    assert skips == {f"output_blocks.{i}." for i in range(number + 1)} | widening
+    mid = {name.split(".")[1] for name in found if name.startswith("middle_block.")}
+    assert mid == {"0", "1", "2"}
 
 
 @families

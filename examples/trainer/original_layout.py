@@ -14,7 +14,6 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 CLIP_XL, OPEN_CLIP_XL = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 
-
 # Of each layer inside a block: diffusers' name and the original one.
 UNET_RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
@@ -31,6 +30,7 @@ OPEN_CLIP_LAYER = {
     "layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj",
     "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
 }  # fmt: skip
+ADAPTERS = ("lora_", "base_layer", ".processor.")  # in the names of peft's and IP-Adapter's tensors
 
 
 def inside(ours: str, theirs: str, layers: Mapping[str, str]) -> dict[str, str]:
@@ -103,10 +103,8 @@ def renamed(part: str, state: Mapping[str, Tensor], names: Mapping[str, str]) ->
         while head and head not in names:
             head, _, last = head.rpartition(".")
             tail = f".{last}{tail}"
-        added = any(word in tail for word in ("lora_", "base_layer", "processor"))
-        if not head or added:
-            advice = "; merge or unload the adapters first" if added else ""
-            raise ValueError(f"{part}: {name} has no name in the original layout{advice}")
+        if not head:
+            raise ValueError(f"{part}: {name} has no name in the original layout")
         found[names[head] + tail] = value
     return found
 
@@ -170,6 +168,11 @@ def to_original(pipeline: Any) -> dict[str, Tensor]:
     for name in ("unet", "vae", *encoders):
         if pipeline.components[name] is None:
             raise ValueError(f"pipeline: its {name} is None, need all parts")
+        for tensor in pipeline.components[name].state_dict():
+            if any(word in tensor for word in ADAPTERS):
+                raise ValueError(
+                    f"{name}: {tensor} is of an adapter; merge or unload adapters first"
+                )
     unet, vae, encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
     parts = {UNET: renamed("unet", unet.state_dict(), unet_names(unet.config))}
     parts[VAE] = original_vae(vae)
