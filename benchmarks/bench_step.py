@@ -53,7 +53,6 @@ sys.path[:0] = [
 
 from bench_loss import RESULTS, append, environment  # noqa: E402
 from cases import DEVICE, GPU, PUBLISHED, synchronize  # noqa: E402
-from trainer.losses import Objective, add_loss_flags  # noqa: E402
 
 NEEDED = ("accelerate", "diffusers", "peft", "safetensors", "transformers")
 LACKING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -61,24 +60,19 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # each process would w
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 if not LACKING:
     from accelerate import Accelerator
-    from accelerate.utils import send_to_device
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
     from transformers.optimization import Adafactor
 
     from toy.tiny import tiny_sdxl
-    from trainer.families.sdxl import (
-        DTYPES,
-        VAE_DTYPES,
-        Collator,
-        Draws,
-        condition_of,
-        frozen_copy,
-        latents_of,
-        noisy_pairs,
-    )
-    from trainer.lora import add_lora, trainable, without_adapters
+    from trainer.data.batches import Collator, Draws
+    from trainer.families.family import Encoders
+    from trainer.families.loading import DTYPES, VAE_DTYPES, frozen_copy
+    from trainer.families.sdxl import SDXL
+    from trainer.lora import add_lora, trainable
+    from trainer.losses import objective_of
     from trainer.optim import clip_or_skip, make_optimizer, poison
+    from trainer.step import Models, training_step
 
 GIB = 2**30
 FASTER, SMALLER = 1.5, 0.6  # at least and at most, against the papers' way
@@ -177,36 +171,47 @@ def sdxl_text_encoders() -> list[Any]:
     return [CLIPTextModel(vit_l), CLIPTextModelWithProjection(big_g)]
 
 
+class Objective:
+    """The loss of a way, as `training_step` asks for it, which keeps what it saw."""
+
+    inverts = False
+
+    def __init__(self, way: Way, scheduler: Any = None) -> None:
+        self.needs_reference = way.loss == "dpo"
+        self.loss: Callable[..., Any] = objective_of(way.loss, scheduler)
+        if way.papers:
+            published = PUBLISHED["dpo_sigmoid" if way.loss == "dpo" else way.loss]
+            self.loss = lambda pred, target, ref, batch: Published(
+                published(*(each for each in (pred, target, ref) if each is not None))
+            )
+        self.seen: tuple[Tensor, ...] = ()
+
+    def weight(self, scheduler: Any, timesteps: Tensor) -> None:
+        """Errors are not weighed."""
+
+    def __call__(
+        self, pred: Tensor, target: Tensor, ref: Tensor | None, batch: Any = (), **_: Any
+    ) -> Any:
+        self.seen = (pred.detach(), target, *(() if ref is None else (ref,)))
+        return self.loss(pred, target, ref, batch)
+
+
+class Published(NamedTuple):
+    """What the published lines give."""
+
+    loss: Tensor
+
+
 class Job(NamedTuple):
-    """All that a step needs; `vae` is None and there are no text encoders behind a cache."""
+    """All that a step needs; behind a cache there are neither VAE nor text encoders."""
 
     way: Way
     accelerator: Accelerator
-    unet: Any
-    frozen: Any
-    vae: Any
-    text_encoders: list[Any]
-    scheduler: Any
+    models: Models
+    objective: Objective
     optimizer: Any
     parameters: list[torch.nn.Parameter]
-    loss: Callable[..., tuple[Tensor, Mapping[str, Tensor]]]
     max_grad_norm: float
-
-
-def loss_of(way: Way, num_train_timesteps: int) -> Callable[..., Any]:
-    """The loss of prediction, target and, for DPO, the reference's prediction; and its metrics."""
-    if way.papers:
-        published = PUBLISHED["dpo_sigmoid" if way.loss == "dpo" else way.loss]
-        return lambda *tensors: (published(*tensors), {})
-    parser = argparse.ArgumentParser()
-    add_loss_flags(parser.add_argument)
-    objective = Objective(parser.parse_args(["--loss", way.loss]), num_train_timesteps)
-
-    def loss(pred: Tensor, target: Tensor, ref: Tensor | None = None) -> Any:
-        out = objective(pred, target, ref, {})
-        return out.loss, out.metrics()
-
-    return loss
 
 
 def optimizer_of(way: Way, args: argparse.Namespace, parameters: list[torch.nn.Parameter]) -> Any:
@@ -251,19 +256,34 @@ def prepare(way: Way, args: argparse.Namespace) -> tuple[Job, dict[str, Any]]:
     frozen = None
     if way.trained == "lora":
         unet.to(DEVICE, dtype)
-        add_lora(args, unet, [])
+        add_lora(args, SDXL, unet)
     elif way.loss == "dpo":
         frozen = frozen_copy(unet, dtype)
-        if way.papers:  # norms too
-            frozen.to(dtype)
+        if way.papers:
+            frozen = InHalf(frozen, dtype)
     if way.checkpointing:
         unet.enable_gradient_checkpointing()
     unet.train()
     parameters = trainable([unet])
     unet, optimizer = accelerator.prepare(unet, optimizer_of(way, args, parameters))
-    loss = loss_of(way, small.scheduler.config.num_train_timesteps)
-    return Job(way, accelerator, unet, frozen, vae, text_encoders, small.scheduler, optimizer,
-               parameters, loss, args.max_grad_norm), batch  # fmt: skip
+    models = Models(
+        unet, Encoders(vae, [], text_encoders), small.scheduler, frozen,
+        autocast=nullcontext if way.papers else accelerator.autocast,
+    )  # fmt: skip
+    objective = Objective(way, small.scheduler)
+    job = Job(way, accelerator, models, objective, optimizer, parameters, args.max_grad_norm)
+    return job, batch
+
+
+class InHalf(torch.nn.Module):
+    """The papers' reference: half precision throughout, norms too, outside of autocast."""
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model.to(dtype), dtype
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, **condition: Any) -> Any:
+        return self.model(noisy.to(self.dtype), timesteps, **condition)
 
 
 def make_batch(way: Way, args: argparse.Namespace, unet: Any, small: Any) -> dict[str, Any]:
@@ -279,8 +299,8 @@ def make_batch(way: Way, args: argparse.Namespace, unet: Any, small: Any) -> dic
     def pair(seed: int) -> dict[str, Any]:
         made: dict[str, Any] = {"seed": seed, "refused": [], "captions": [f"a photograph, {seed}"]}
         if way.cache:
-            made["prompts"] = [randn(tokenizers[0].model_max_length, unet.cross_attention_dim)]
-            made["pooled"] = [randn(pooled)]
+            states = randn(tokenizers[0].model_max_length, unet.cross_attention_dim)
+            made["text"] = [{"prompts": states, "pooled": randn(pooled)}]
         for which in "wl":
             made[f"time_ids_{which}"] = torch.tensor([side, side, 0, 0, side, side])
             if way.cache:
@@ -290,8 +310,8 @@ def make_batch(way: Way, args: argparse.Namespace, unet: Any, small: Any) -> dic
                 made[f"pixels_{which}"] = randn(3, side, side).clamp(-1, 1)
         return made
 
-    draws = Draws(unet.in_channels, factor, small.scheduler.config.num_train_timesteps)
-    batch = Collator(tokenizers, draws)([pair(seed) for seed in range(args.batch)])
+    draws = Draws(SDXL, small.scheduler, unet.in_channels, factor)
+    batch = Collator(SDXL, tokenizers, draws)([pair(seed) for seed in range(args.batch)])
     if GPU:  # as the trainer's loader does
         for name, value in batch.items():
             if isinstance(value, Tensor):
@@ -304,42 +324,22 @@ def sdxl_vae_config() -> Any:
         return sdxl_vae().config
 
 
-def reference(job: Job, noisy: Tensor, timesteps: Tensor, condition: dict[str, Any]) -> Any:
-    """What the model before training predicts, in a tuple; an empty one where nobody asks."""
-    if job.way.loss != "dpo":
-        return ()
-    if job.frozen is None:
-        with without_adapters(job.unet), job.accelerator.autocast():
-            unet = job.accelerator.unwrap_model(job.unet)
-            return (unet(noisy, timesteps, **condition).sample,)
-    if job.way.papers:  # outside of autocast, as it is in half precision throughout
-        noisy = noisy.to(job.frozen.dtype)
-    with nullcontext() if job.way.papers else job.accelerator.autocast():
-        return (job.frozen(noisy, timesteps, **condition).sample,)
-
-
 def step(job: Job, batch: dict[str, Any]) -> tuple[Tensor, ...]:
     """One optimizer step, from a batch on the CPU; gives what the loss saw."""
-    batch = send_to_device(batch, DEVICE, non_blocking=True)
-    timesteps = torch.cat([batch["timesteps"], batch["timesteps"]])
-    with torch.no_grad():
-        condition = condition_of(batch, job.text_encoders)
-        latents = latents_of(batch, job.vae)
-        noisy, target = noisy_pairs(latents, batch["noise"], batch["timesteps"], job.scheduler)
-        ref_pred = reference(job, noisy, timesteps, condition)
-    pred = job.unet(noisy, timesteps, **condition).sample
-    loss, _ = job.loss(pred, target, *ref_pred)
+    out = training_step(SDXL, job.models, job.objective, batch)  # type: ignore[arg-type]
     if job.way.papers:
-        job.accelerator.backward(loss)
+        job.accelerator.backward(out.loss)
         job.accelerator.clip_grad_norm_(job.parameters, job.max_grad_norm)
     else:
-        job.accelerator.backward(loss * poison(loss))
+        job.accelerator.backward(out.loss * poison(out.loss))
         clip_or_skip(job.accelerator, job.optimizer, job.parameters, job.max_grad_norm)
     job.optimizer.step()
     job.optimizer.zero_grad()
     if job.way.papers:
-        loss.item()
-    return pred.detach(), target, *ref_pred
+        out.loss.item()
+    else:
+        out.metrics()
+    return job.objective.seen
 
 
 def seconds(run: Callable[[], Any], times: int, warmup: int) -> list[float]:
@@ -358,10 +358,11 @@ def seconds(run: Callable[[], Any], times: int, warmup: int) -> list[float]:
 def loss_alone(job: Job, tensors: tuple[Tensor, ...]) -> float:
     """Seconds of the loss's forward and backward on these tensors: more than it takes inside of a
     step, where a GPU need not wait for Python's launches."""
-    pred = tensors[0].clone().requires_grad_()
+    pred, target, *ref = tensors
+    pred = pred.clone().requires_grad_()
 
     def run() -> None:
-        torch.autograd.grad(job.loss(pred, *tensors[1:])[0], pred)
+        torch.autograd.grad(job.objective(pred, target, ref[0] if ref else None).loss, pred)
 
     return statistics.median(seconds(run, times=20, warmup=3))
 

@@ -1,4 +1,4 @@
-"""Knows the whole story in six minutes on two cores: data, model, MaPO, and whether it learned."""
+"""The whole story in six minutes on two cores: data, model, MaPO, and whether it learned."""
 
 from __future__ import annotations
 
@@ -9,39 +9,32 @@ import argparse
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
-import torch
-from datasets import Dataset
-from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-import train_sdxl
-from toy.figures import plot_grid, plot_scores
+import trainer.loop
+from toy.figures import plot_grid, plot_scores, score_table
+from toy.model import SIZE, make_model
 from toy.photo_pairs import write_photo_pairs
-from toy.tiny import tiny_sdxl
-from toy.vae_fit import fit_vae
 from trainer.args import parse_args as parse_training_args
-from trainer.data.pairs import PreferencePairs
 from trainer.data.sources import load_pairs
-from trainer.evaluate import Scores, score_pairs
-from trainer.files import whole_folder
-
-SIZE = 32  # pixels; the VAE makes 16 x 16 latents of them
-# SDXL's noise schedule is made for 128 x 128 latents. The same noise hides a smaller picture more,
-# so these latents are made to stand out more than SDXL's, which have a standard deviation of 1.
-LATENT_STD = 4.0
+from trainer.evaluate import score_pairs
+from trainer.families.all import FAMILIES
+from trainer.families.family import Family
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the flags; the defaults are the demo."""
     parser = argparse.ArgumentParser(
-        description="Align a small SDXL on pairs of real photographs, on a CPU and offline. "
+        description="Align a small model on pairs of real photographs, on a CPU and offline. "
         "Interrupted and started again, it goes on from where it was.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     flag = parser.add_argument
     flag("--output_dir", default="demo", help="everything is left here; remove it to start afresh")
+    flag("--family", choices=list(FAMILIES), default="sdxl", help="of the model")
     flag("--controls", action="store_true", help="a third run: SFT, on the winners alone")
     flag("--train_pairs", type=int, default=6000, help="pairs to train on")
     flag("--heldout_pairs", type=int, default=192, help="pairs of unseen photographs to score")
@@ -88,49 +81,15 @@ def train(
     argv = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     pipeline = output_dir / "pipeline"
     if not pipeline.exists():
-        train_sdxl.main(parse_training_args([*argv, *flags]))
+        trainer.loop.main(parse_training_args([*argv, *flags]), FAMILIES[args.family])
     return pipeline
 
 
-def make_model(rows: Dataset, folder: Path, vae_steps: int, seed: int) -> None:
-    """Save a pipeline whose VAE knows the training pictures and whose UNet knows nothing yet."""
-    pipeline = tiny_sdxl((32, 64), vae_channels=(16, 32), sample_size=SIZE // 2, seed=seed)
-    print(f"model: a UNet of {pipeline.unet.num_parameters() / 1e6:.1f} M parameters")
-    pairs = PreferencePairs(rows, [(SIZE, SIZE)])
-    pixels = torch.stack(
-        [pairs[0, i][f"pixels_{side}"] for i in range(len(pairs)) for side in "wl"]
-    )
-    error = fit_vae(pipeline.vae, pixels, vae_steps, latent_std=LATENT_STD)
-    print(f"vae: mean error {error / 2:.1%} of the range of a pixel")
-    with whole_folder(folder) as aside:
-        pipeline.save_pretrained(aside)
-
-
-def load(folder: Path) -> StableDiffusionXLPipeline:
+def load(family: Family, folder: Path) -> Any:
     """Open a pipeline quietly."""
-    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    pipeline = family.pipeline.from_pretrained(folder, **family.options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def table(scores: dict[str, Scores]) -> str:
-    """Held-out accuracy, margin and errors of each model, with standard errors over pairs."""
-    lines = [
-        f"{'held-out pairs':18}{'accuracy':>14}{'change':>14}{'margin':>15}{'mse_w':>9}{'mse_l':>9}"
-    ]
-    before = next(iter(scores.values()))
-    for name, score in scores.items():
-        mean = score.summary()
-        accuracy, margin = mean["accuracy"], mean["margin"]
-        change = f"{'':14}"
-        if score is not before:
-            points, error = score.gain(before)
-            change = f"{100 * points:+8.1f} ± {100 * error:.1f}"
-        lines.append(
-            f"{name:18}{100 * accuracy[0]:8.1f} ± {100 * accuracy[1]:.1f}{change:>14}"
-            f"{margin[0]:+9.2f} ± {margin[1]:.2f}{mean['mse_w'][0]:9.4f}{mean['mse_l'][0]:9.4f}"
-        )
-    return "\n".join(lines)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -141,7 +100,7 @@ def main(args: argparse.Namespace) -> None:
     transformers_logging.set_verbosity_error()
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
-    folder = Path(args.output_dir)
+    folder, family = Path(args.output_dir), FAMILIES[args.family]
     data = folder / "data"
 
     if not (data / "heldout.parquet").exists():
@@ -151,7 +110,7 @@ def main(args: argparse.Namespace) -> None:
 
     model = folder / "base" / "untrained"
     if not model.exists():
-        make_model(train_rows, model, args.vae_steps, args.seed)
+        make_model(family, train_rows, model, args.vae_steps, args.seed)
     # Half of the labels flipped and no margin: plain denoising of photographs and losers alike.
     base = train(args, model, folder / "base", args.base_steps,
                  "--loss", "sft", "--label_noise_prob", "0.5")  # fmt: skip
@@ -168,11 +127,15 @@ def main(args: argparse.Namespace) -> None:
             args, base, folder / "sft", args.max_train_steps, "--loss", "sft"
         )
 
-    scores = {name: score_pairs(load(path), heldout, SIZE) for name, path in pipelines.items()}
-    text = table(scores)
+    scores = {
+        name: score_pairs(family, load(family, path), heldout, SIZE)
+        for name, path in pipelines.items()
+    }
+    text = score_table(scores)
     (folder / "table.txt").write_text(text + "\n")
     plot_scores(scores, folder / "scores.png")
-    plot_grid(load(base), load(pipelines["MaPO"]), heldout, folder / "grid.png")
+    before, after = load(family, base), load(family, mapo)
+    plot_grid(before, after, heldout, folder / "grid.png")
     print(
         f"\n{text}\n\naccuracy = share of pairs and timesteps where the photograph is denoised "
         "with the smaller error;\n± = standard error over pairs; change = paired with the base.\n"

@@ -9,7 +9,14 @@ With --guidance a third column: both models at once, or the trained one led away
 
 from __future__ import annotations
 
+from typing import Any
+
 from trainer import startup  # noqa: F401 - before torch
+from trainer.args import add_model_flags
+from trainer.families.all import family_of
+from trainer.families.family import Family, denoiser_of, encoders_of
+from trainer.families.loading import load_pipeline, read_config
+from trainer.sampling import PromptSampler
 
 # isort: split
 import argparse
@@ -19,24 +26,24 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 
 from trainer.export import LORA_FILE
-from trainer.families.sdxl import DTYPES, Encoders, add_model_flags
+from trainer.families.loading import DTYPES
 from trainer.guidance import (
     HELP,
     TRAINED,
     Guidance,
     check_prediction,
     find_trained,
-    load_unet,
+    load_trained,
     make_guidance,
     read_guidance,
     scheduler_config,
 )
 from trainer.plots import write_grid, write_image
-from trainer.sampling import Painter, read_prompts
+from trainer.sampling import read_prompts
 
 
 # fmt: off
@@ -88,53 +95,52 @@ def refusing() -> Iterator[None]:
         sys.exit(2)
 
 
-def load_base(args: argparse.Namespace, device: torch.device) -> StableDiffusionXLPipeline:
-    """The base's pipeline, on `device`."""
-    where = {"torch_dtype": DTYPES[args.mixed_precision], "cache_dir": args.cache_dir}
-    parts = {}
+def load_base(args: argparse.Namespace, device: torch.device) -> tuple[Family, Any]:
+    """The base's family and pipeline, on `device`."""
+    source = args.pretrained_model_name_or_path
+    where = {"revision": args.revision, "cache_dir": args.cache_dir}
+    try:
+        family = family_of(read_config(DiffusionPipeline, source, **where))
+    except ValueError as error:
+        raise ValueError(f"--pretrained_model_name_or_path {source}: {error}") from error
+    dtype, parts = DTYPES[args.mixed_precision], {}
     if args.pretrained_vae_model_name_or_path:
         parts["vae"] = AutoencoderKL.from_pretrained(
-            args.pretrained_vae_model_name_or_path, **where
+            args.pretrained_vae_model_name_or_path, torch_dtype=dtype, cache_dir=args.cache_dir
         )
-    pipeline = StableDiffusionXLPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant,
-        add_watermarker=False, **where, **parts,
-    )  # fmt: skip
-    return pipeline.to(device)
+    return family, load_pipeline(args, family, torch_dtype=dtype, **parts).to(device)
 
 
-def install(pipeline: StableDiffusionXLPipeline, trained: Path) -> None:
-    """Put what was trained into the pipeline, in the place of the base's UNet or upon it."""
-    device, dtype = pipeline.unet.device, pipeline.unet.dtype
+def install(family: Family, pipeline: Any, trained: Path) -> None:
+    """Put what was trained into the pipeline, in the place of the base's denoiser or upon it."""
     if trained.is_file():
         folder, name = trained.parent, trained.name
         pipeline.load_lora_weights(folder, weight_name=name, adapter_name=TRAINED)
         return
-    pipeline.unet = None  # so that there is never room needed for two
-    pipeline.unet = load_unet(trained, device, dtype)
+    base = denoiser_of(family, pipeline)
+    device, dtype = base.device, base.dtype
+    del base
+    setattr(pipeline, family.denoiser, None)  # so that there is never room needed for two
+    setattr(pipeline, family.denoiser, load_trained(family, trained, device, dtype))
     config = scheduler_config(trained)
     if config is not None:  # a run may have been told another prediction type
         pipeline.scheduler = type(pipeline.scheduler).from_config(config)
 
 
-def paint(
+def sample(
     args: argparse.Namespace,
-    pipeline: StableDiffusionXLPipeline,
+    family: Family,
+    pipeline: Any,
     prompts: list[str],
     guidance: Guidance | None = None,
 ) -> list[Image.Image]:
     """A picture of each prompt, by the pipeline as it is."""
-    encoders = Encoders(
-        pipeline.vae,
-        [pipeline.tokenizer, pipeline.tokenizer_2],
-        [pipeline.text_encoder, pipeline.text_encoder_2],
-    )
-    painter = Painter(
-        prompts, encoders, pipeline.device, args.height, args.width, args.num_inference_steps,
-        args.guidance_scale, args.seed, load_vae=lambda: pipeline.vae,
+    sampler = PromptSampler(
+        family, prompts, encoders_of(family, pipeline), pipeline.device, args.height, args.width,
+        args.num_inference_steps, args.guidance_scale, args.seed, load_vae=lambda: pipeline.vae,
     )  # fmt: skip
     applied = guidance.applied if guidance is not None else nullcontext
-    return painter.paint(pipeline.unet, pipeline.scheduler, applied=applied)
+    return sampler.sample(denoiser_of(family, pipeline), pipeline.scheduler, applied=applied)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -142,20 +148,21 @@ def main(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.prompts)
     trained = find_trained(args.trained)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = load_base(args, device)
+    family, pipeline = load_base(args, device)
     if args.guidance is not None:
         with refusing():
             check_prediction(pipeline, trained, args.guidance)
-    pictures = {"base": paint(args, pipeline, prompts)}  # before a LoRA is there
-    base = pipeline.unet if args.guidance is not None and not trained.is_file() else None
-    install(pipeline, trained)
-    pictures["trained"] = paint(args, pipeline, prompts)
+    pictures = {"base": sample(args, family, pipeline, prompts)}  # before a LoRA is there
+    full = not trained.is_file()
+    base = denoiser_of(family, pipeline) if args.guidance is not None and full else None
+    install(family, pipeline, trained)
+    pictures["trained"] = sample(args, family, pipeline, prompts)
     if args.guidance is not None:
         with refusing():
-            guidance = make_guidance(args.guidance, pipeline, trained, base)
+            guidance = make_guidance(args.guidance, family, pipeline, trained, base)
             with guidance.applied(pipeline):
                 pass  # whether it can be
-        pictures["guided"] = paint(args, pipeline, prompts, guidance)
+        pictures["guided"] = sample(args, family, pipeline, prompts, guidance)
     write_grid(pictures, prompts, args.output)
     if args.images_dir is not None:
         for name, images in pictures.items():

@@ -18,9 +18,7 @@ from torch import Tensor
 import fastpref
 
 TRIALS = 4
-TUNING_CSV = (
-    Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "mismatch_tuning.csv"
-)
+TUNING_CSV = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "mismatch_tuning.csv"
 Setting = dict[str, float]
 
 

@@ -1,19 +1,40 @@
-"""Knows how the demo's results are drawn: scores as bars, and pictures before and after."""
+"""The demo's results: a table and bars of scores, and pictures before and after."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from diffusers import AutoPipelineForImage2Image
 from matplotlib import pyplot as plt
 from PIL import Image
 
 from trainer.data.images import open_image
 from trainer.evaluate import Scores
 from trainer.plots import BLUE, GREY, OCHRE, save_figure, tidy, write_grid
+
+
+def score_table(scores: dict[str, Scores]) -> str:
+    """Held-out accuracy, margin and errors of each model, with standard errors over pairs."""
+    lines = [
+        f"{'held-out pairs':18}{'accuracy':>14}{'change':>14}{'margin':>15}{'mse_w':>9}{'mse_l':>9}"
+    ]
+    before = next(iter(scores.values()))
+    for name, score in scores.items():
+        mean = score.summary()
+        accuracy, margin = mean["accuracy"], mean["margin"]
+        change = f"{'':14}"
+        if score is not before:
+            points, error = score.gain(before)
+            change = f"{100 * points:+8.1f} ± {100 * error:.1f}"
+        lines.append(
+            f"{name:18}{100 * accuracy[0]:8.1f} ± {100 * accuracy[1]:.1f}{change:>14}"
+            f"{margin[0]:+9.2f} ± {margin[1]:.2f}{mean['mse_w'][0]:9.4f}{mean['mse_l'][0]:9.4f}"
+        )
+    return "\n".join(lines)
 
 
 def plot_scores(scores: dict[str, Scores], picture: Path) -> None:
@@ -40,11 +61,9 @@ def plot_scores(scores: dict[str, Scores], picture: Path) -> None:
 
 
 @torch.no_grad()
-def repaint(
-    pipeline: StableDiffusionXLPipeline, images: list[Image.Image], captions: list[str]
-) -> list[Image.Image]:
+def repaint(pipeline: Any, images: list[Image.Image], captions: list[str]) -> list[Image.Image]:
     """Half-drown the images in noise and let the pipeline paint them again, from a fixed seed."""
-    painter = StableDiffusionXLImg2ImgPipeline(**pipeline.components, add_watermarker=False)
+    painter = AutoPipelineForImage2Image.from_pipe(pipeline)
     painter.set_progress_bar_config(disable=True)
     return painter(
         captions,
@@ -57,8 +76,8 @@ def repaint(
 
 
 def plot_grid(
-    before: StableDiffusionXLPipeline,
-    after: StableDiffusionXLPipeline,
+    before: Any,
+    after: Any,
     rows: Dataset,
     picture: Path,
     per_kind: int = 2,

@@ -1,18 +1,31 @@
-"""Knows the flags of `train_sdxl.py`: names, defaults, and which values cannot mean anything."""
+"""The trainer's flags: names, defaults, and which values cannot mean anything."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers.optimization import SchedulerType
 
-from trainer.families.sdxl import DTYPES, VAE_DTYPES, add_model_flags
+from trainer.families.loading import DTYPES, VAE_DTYPES
 from trainer.losses import Objective, add_inversion_flags, add_loss_flags, inversion_options
 from trainer.sampling import read_prompts
+
+
+# fmt: off
+def add_model_flags(flag: Callable[..., argparse.Action]) -> None:
+    """Declare the flags that say where a pipeline comes from."""
+    flag("--pretrained_model_name_or_path", required=True, metavar="NAME",
+         help="the base, an SDXL-format pipeline: a hub name or a local folder")
+    flag("--pretrained_vae_model_name_or_path", metavar="NAME",
+         help="another VAE: a hub name or a local folder")
+    flag("--revision", help="revision of the model on the hub")
+    flag("--variant", help="variant of the model files, such as fp16")
+# fmt: on
 
 
 # fmt: off

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from trainer.export import KOHYA_FILE
+from trainer.families.family import Family
 from trainer.files import whole_file
 from trainer.metrics import read_metrics
 
@@ -70,14 +71,14 @@ def table(head: tuple[str, str], rows: Iterable[tuple[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def snippet(base_model: str, repo: str, lora: bool) -> str:
+def snippet(family: Family, base_model: str, repo: str, lora: bool) -> str:
     """The code that opens the model: a LoRA upon its base, or a pipeline by itself."""
     source = base_model if lora else repo
     lines = [
         "import torch",
-        "from diffusers import StableDiffusionXLPipeline",
+        f"from diffusers import {family.pipeline.__name__}",
         "",
-        "pipeline = StableDiffusionXLPipeline.from_pretrained(",
+        f"pipeline = {family.pipeline.__name__}.from_pretrained(",
         f"    {json.dumps(source)}, torch_dtype=torch.bfloat16",
         ').to("cuda")',
     ]
@@ -108,6 +109,7 @@ def copy_pictures(folder: Path, pictures: Sequence[Path]) -> list[str]:
 
 def write_card(
     folder: Path,
+    family: Family,
     *,
     base_model: str,
     dataset: str,
@@ -136,7 +138,7 @@ def write_card(
         library_name="diffusers",
         license=license,
         pipeline_tag="text-to-image",
-        tags=["text-to-image", "stable-diffusion-xl", "fastpref", loss, *kind, *tags],
+        tags=["text-to-image", *family.tags, "fastpref", loss, *kind, *tags],
         inference=True,
     )
     name = (repo_id or folder.resolve().name).split("/")[-1]
@@ -146,9 +148,9 @@ def write_card(
         f"# {shown(name)}",
         f"{what} {shown(base or last_part(base_model))}, aligned on the preference pairs of "
         f"{shown(data or last_part(dataset))} with the loss {shown(loss)} of fastpref.",
-        f"## Use\n\n{snippet(base or last_part(base_model), repo_id or name, lora)}",
+        f"## Use\n\n{snippet(family, base or last_part(base_model), repo_id or name, lora)}",
     ]
-    if lora:
+    if lora and family.kohya_name is not None:
         parts.append(
             f"`{KOHYA_FILE}` is the same LoRA for ComfyUI, AUTOMATIC1111 and other tools that read "
             "the files of kohya's scripts."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from trainer.files import remove
+from trainer.files import remove, whole_folder
 from trainer.optim import EMA, check_same
 
 PREFIX = "checkpoint-"
@@ -221,3 +222,71 @@ def keep_only_what_learns(accelerator: Accelerator, ema: EMA | None) -> None:
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
+
+
+class Checkpoints:
+    """The checkpoints of a run: the one that it goes on from, and those that it writes."""
+
+    def __init__(
+        self, args: argparse.Namespace, accelerator: Accelerator, pairs: int, pairs_per_step: int
+    ) -> None:
+        """`pairs` is how many there are to train on."""
+        self.args, self.accelerator = args, accelerator
+        self.output_dir, self.pairs_per_step = Path(args.output_dir), pairs_per_step
+        self.state: dict[str, Any] = {
+            "step": 0, "pairs_seen": 0, "bad_in_row": 0, "pairs": pairs, "loss": args.loss,
+            "look_cut_short": False,
+        }  # fmt: skip
+
+    def resume(self, max_train_steps: int) -> dict[str, Any]:
+        """Load weights, optimizer, schedule and random states of the checkpoint that the flags
+        name, if there is one, and return the place to go on from."""
+        args, folder = self.args, self.output_dir
+        checkpoint = find_checkpoint(args.resume_from_checkpoint, folder)
+        if checkpoint is not None:
+            self.accelerator.print(f"resuming from {checkpoint}")
+            fresh = dict(self.state)
+            self.state |= load_checkpoint(self.accelerator, checkpoint)
+            if self.state["pairs"] != fresh["pairs"]:
+                raise ValueError(
+                    f"{checkpoint} is of a run on {self.state['pairs']} pairs; there are "
+                    f"{fresh['pairs']} now: need the same data, to go on in their order"
+                )
+            if self.state["loss"] != args.loss:
+                raise ValueError(
+                    f"{checkpoint} is of a run with --loss {self.state['loss']}; --loss is "
+                    f"{args.loss} now: need the same, or another --output_dir"
+                )
+        elif args.resume_from_checkpoint:
+            self.accelerator.print(f"no checkpoint in {folder}: starting from scratch")
+        step = self.state["step"]
+        if step > max_train_steps:
+            raise ValueError(
+                f"--max_train_steps is {max_train_steps}, and {checkpoint} is at step {step}; need "
+                "at least as many"
+            )
+        later = [path.name for path in list_checkpoints(folder) if step_of(path) > step]
+        if later:
+            raise ValueError(
+                f"--output_dir {folder} holds {', '.join(later)}, later than step {step} where "
+                "this run begins; need --resume_from_checkpoint latest, or another folder"
+            )
+        return self.state
+
+    def save(self, step: int, bad_in_row: int, look_cut_short: bool) -> None:
+        """Write everything a later run needs to go on from here as if nothing had happened."""
+        target = self.output_dir / f"{PREFIX}{step}"
+        with whole_folder(target, self.accelerator) as aside:
+            self.accelerator.save_state(str(aside))
+            if self.accelerator.is_main_process:
+                steps = step - self.state["step"]
+                place = {
+                    "step": step,
+                    "pairs_seen": self.state["pairs_seen"] + steps * self.pairs_per_step,
+                    "bad_in_row": bad_in_row,
+                    "look_cut_short": look_cut_short,
+                    "processes": self.accelerator.num_processes,
+                }
+                (aside / STATE_FILE).write_text(json.dumps(self.state | place))
+        if self.accelerator.is_main_process:
+            prune(self.output_dir, self.args.checkpoints_total_limit, target)

@@ -1,23 +1,25 @@
-"""Knows how well a model tells winners from losers on pairs held out, at fixed noise and times."""
+"""How well a model tells winners from losers on held-out pairs, at fixed noise and timesteps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from torch import Tensor
 
-import fastpref
+from trainer.data.batches import Collator
 from trainer.data.pairs import PreferencePairs
-from trainer.families.sdxl import Collator, Encoders, encode_images, encode_prompts, noisy_pairs
+from trainer.families.family import Encoders, Family, denoiser_of, encoders_of
+from trainer.families.vae import encode_images
+from trainer.losses import objective_of
+from trainer.step import Models, training_step
 
 
 class Pairs(Protocol):
@@ -80,22 +82,19 @@ def evaluating(*models: torch.nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-class Encoded(NamedTuple):
-    """A pair as the UNet sees it before noise, on the CPU; c captions, of the pair or of each."""
-
-    latents: Tensor  # (2, C, h, w), the mean of the VAE's posterior
-    time_ids: Tensor  # (2, 6)
-    prompts: Tensor  # (c, tokens, width)
-    pooled: Tensor  # (c, width)
-    tokens: Tensor  # (c, text encoders, tokens); (c, 0) where the captions come from a cache
+# A pair as the denoiser sees it before noise, on the CPU: latents (2, C, h, w), the mean of the
+# VAE's posterior; time_ids (2, 6); text/NAME and, unless it is out of a cache, input_ids/NUMBER
+# (c, ...), of the pair's caption or of each image's own.
+Encoded: TypeAlias = dict[str, Tensor]
 
 
 @torch.no_grad()
 def encode_pairs(
-    pairs: Pairs, indices: Sequence[int], encoders: Encoders, device: torch.device, batch_size: int
-) -> tuple[dict[int, Encoded], list[str]]:
+    family: Family, pairs: Pairs, indices: Sequence[int], encoders: Encoders, device: torch.device,
+    batch_size: int,
+) -> tuple[dict[int, Encoded], list[str]]:  # fmt: skip
     """The pairs by index, and what `pairs` says of those it had to replace."""
-    collate = Collator(encoders.tokenizers)
+    collate = Collator(family, encoders.tokenizers)
     encoded: dict[int, Encoded] = {}
     refused: list[str] = []
     for first in range(0, len(indices), batch_size):
@@ -104,27 +103,34 @@ def encode_pairs(
             pair = pairs[0, index]
             refused += pair["refused"]
             image = pair["mean_w"] if "mean_w" in pair else pair["pixels_w"]
-            alike.setdefault((image.shape, "prompts" in pair), {})[index] = pair
+            alike.setdefault((image.shape, "text" in pair), {})[index] = pair
         for members in alike.values():
-            batch = collate(list(members.values()))
-            if "mean" in batch:
-                latents = batch["mean"]
-            else:
-                latents, _ = encode_images(encoders.vae, batch["pixels"].to(device))
-            if "prompts" in batch:
-                prompts, pooled = batch["prompts"], batch["pooled"]
-                tokens = torch.empty(len(prompts), 0, dtype=torch.long)
-            else:
-                tokens = torch.stack(batch["input_ids"], dim=1).to(device)
-                prompts, pooled = encode_prompts(encoders.text_encoders, tokens.unbind(dim=1))
-            columns = [  # (2 or c, pairs, ...)
-                column.cpu().unflatten(0, (-1, len(members)))
-                for column in (latents, batch["time_ids"], prompts, pooled, tokens)
-            ]
+            fields = encode_batch(family, collate(list(members.values())), encoders, device)
+            columns = {  # (2 or c, pairs, ...)
+                name: field.cpu().unflatten(0, (-1, len(members))) for name, field in fields.items()
+            }
             for place, index in enumerate(members):
                 # A view would keep the whole batch, and this is kept for the whole run.
-                encoded[index] = Encoded(*(column[:, place].clone() for column in columns))
+                encoded[index] = {name: each[:, place].clone() for name, each in columns.items()}
     return encoded, refused
+
+
+def encode_batch(
+    family: Family, batch: Mapping[str, Any], encoders: Encoders, device: torch.device
+) -> dict[str, Tensor]:
+    """Latents, time ids, embeddings and tokens of a batch."""
+    fields: dict[str, Tensor] = {"time_ids": batch["time_ids"]}
+    if "mean" in batch:
+        fields["latents"] = batch["mean"]
+    else:
+        fields["latents"], _ = encode_images(encoders.vae, batch["pixels"].to(device))
+    if "text" in batch:
+        text = batch["text"]
+    else:
+        ids = [each.to(device) for each in batch["input_ids"]]
+        text = family.encode_text(encoders.text_encoders, ids)
+        fields |= {f"input_ids/{i}": each for i, each in enumerate(ids)}
+    return fields | {f"text/{name}": values for name, values in text.items()}
 
 
 def fixed_noise(seed: int, index: int, draw: int, shape: torch.Size) -> Tensor:
@@ -137,7 +143,7 @@ def batches_of(encoded: Mapping[int, Encoded], batch_size: int) -> list[list[int
     """The pairs' indices in batches of one size of image each."""
     alike: dict[torch.Size, list[int]] = {}
     for index, pair in encoded.items():
-        alike.setdefault(pair.latents.shape, []).append(index)
+        alike.setdefault(pair["latents"].shape, []).append(index)
     return [
         members[first : first + batch_size]
         for members in alike.values()
@@ -146,60 +152,56 @@ def batches_of(encoded: Mapping[int, Encoded], batch_size: int) -> list[list[int
 
 
 def score_encoded(
-    unet: torch.nn.Module,
+    family: Family,
+    models: Models,
     encoded: Mapping[int, Encoded],
     batches: Sequence[Sequence[int]],
-    scheduler: DDPMScheduler,
-    device: torch.device,
     draws: int,
     seed: int,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    text_encoders: Sequence[torch.nn.Module] = (),
     beta: float = 0.1,
     snr: float = 0.5,
 ) -> dict[int, Tensor]:
-    """mse_w, mse_l and margin of each pair, (draws, 3), on `device`.
+    """mse_w, mse_l and margin of each pair, (draws, 3), on the denoiser's device.
 
-    With `text_encoders` the captions are encoded anew, by these.
+    Where text encoders learn, the captions are encoded anew.
     """
-    steps = scheduler.config.num_train_timesteps
+    objective = objective_of("mapo", models.scheduler, beta=beta, snr=snr)
+    device = next(models.denoiser.parameters()).device
+    times = family.process.spread(models.scheduler, draws)
     scored: dict[int, Tensor] = {}
     for batch in batches:
         pairs = [encoded[index] for index in batch]
-        # Winners first, then losers.
-        latents, time_ids, prompts, pooled, tokens = (
-            torch.stack(column, dim=1).flatten(0, 1).to(device)
-            for column in zip(*pairs, strict=True)
-        )
-        if text_encoders:
-            prompts, pooled = encode_prompts(text_encoders, tokens.unbind(dim=1))
-        if len(prompts) == len(batch):  # the pair shares its caption
-            prompts, pooled = torch.cat([prompts, prompts]), torch.cat([pooled, pooled])
-        latents = latents.float()
+        fields = {  # winners first, then losers
+            name: torch.stack([pair[name] for pair in pairs], dim=1).flatten(0, 1).to(device)
+            for name in pairs[0]
+        }
+        made: dict[str, Any] = {
+            "latents": fields["latents"].float(),
+            "time_ids": fields["time_ids"],
+        }
+        if models.text_learns:
+            made["input_ids"] = list(below("input_ids", fields).values())
+        else:
+            made["text"] = below("text", fields)
         outs = []
         for k in range(draws):
-            noise = [fixed_noise(seed, index, k, latents.shape[1:]) for index in batch]
-            timesteps = torch.full((len(batch),), int((k + 0.5) * steps / draws), device=device)
-            noisy, target = noisy_pairs(
-                latents, torch.stack(noise).to(device), timesteps, scheduler
-            )
-            with autocast():
-                model_pred = unet(
-                    noisy,
-                    torch.cat([timesteps, timesteps]),
-                    encoder_hidden_states=prompts,
-                    added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids},
-                ).sample.float()
-            out = fastpref.mapo_loss(
-                model_pred, target, beta=beta, snr=snr, num_train_timesteps=steps
-            )
+            shape = made["latents"].shape[1:]
+            noise = torch.stack([fixed_noise(seed, index, k, shape) for index in batch])
+            drawn = {"noise": noise, "timesteps": times[k].expand(len(batch))}
+            out = training_step(family, models, objective, made | drawn)
             outs.append(torch.stack([out.mse_w, out.mse_l, out.margin], dim=-1))
         scored |= zip(batch, torch.stack(outs, dim=1), strict=True)
     return scored
 
 
+def below(kind: str, fields: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The fields of this kind by what comes behind the slash."""
+    prefix = f"{kind}/"
+    return {n.removeprefix(prefix): value for n, value in fields.items() if n.startswith(prefix)}
+
+
 class HeldOut:
-    """Held-out pairs, encoded once, to score a UNet on as often as a run likes.
+    """Held-out pairs, encoded once, to score a denoiser on as often as a run likes.
 
     Every process encodes and scores its own share. Latents and conditioning wait on the CPU, which
     for SDXL at 1024 x 1024 costs 2*4*128*128*4 B + 77*2048*4 B = 1.2 MB a pair (less where the
@@ -211,9 +213,9 @@ class HeldOut:
 
     def __init__(
         self,
+        family: Family,
         pairs: Pairs,
         encoders: Encoders,
-        scheduler: DDPMScheduler,
         accelerator: Accelerator,
         batch_size: int,
         draws: int = 4,
@@ -223,33 +225,31 @@ class HeldOut:
             raise ValueError(f"held out are {len(pairs)} pairs; need at least 2 to tell an error")
         if batch_size < 1 or draws < 1:
             raise ValueError(f"batch_size is {batch_size} and draws {draws}; need 1 or more")
-        self.scheduler, self.accelerator = scheduler, accelerator
+        self.family, self.accelerator = family, accelerator
         self.count, self.draws, self.seed = len(pairs), draws, seed
         # All shares are as long: the last ones are filled up with the last pair, to be cut off.
         share = math.ceil(len(pairs) / accelerator.num_processes)
         first = share * accelerator.process_index
         self.indices = [min(i, len(pairs) - 1) for i in range(first, first + share)]
         self.encoded, self.refused = encode_pairs(
-            pairs, sorted({*self.indices}), encoders, accelerator.device, batch_size
+            family, pairs, sorted({*self.indices}), encoders, accelerator.device, batch_size
         )
         self.batches = batches_of(self.encoded, batch_size)
-        # A sharded UNet is called by all processes or hangs: all call it as often.
+        # A sharded denoiser is called by all processes or hangs: all call it as often.
         calls = torch.tensor([len(self.batches)], device=accelerator.device)
         most = int(accelerator.gather(calls).max())
         self.batches += self.batches[:1] * (most - len(self.batches))
 
-    def score(self, unet: torch.nn.Module, text_encoders: Sequence[torch.nn.Module] = ()) -> Scores:
-        """Scores of all pairs, in order, on every process, which all must call this.
-
-        Text encoders come where they learn too; the captions are then encoded anew.
-        """
-        if text_encoders and not all(pair.tokens.numel() for pair in self.encoded.values()):
-            raise ValueError("text_encoders came, but captions are from a cache; need one of them")
-        with evaluating(unet, *text_encoders):
+    def score(self, models: Models) -> Scores:
+        """Scores of all pairs, in order, on every process, which all must call this."""
+        tokens = all("input_ids/0" in pair for pair in self.encoded.values())
+        if models.text_learns and not tokens:
+            raise ValueError("text encoders learn, but captions are from a cache; need one of them")
+        learning = models.encoders.text_encoders if models.text_learns else []
+        with evaluating(models.denoiser, *learning):
             scored = score_encoded(
-                unet, self.encoded, self.batches, self.scheduler, self.accelerator.device,
-                self.draws, self.seed, self.accelerator.autocast, text_encoders,
-            )  # fmt: skip
+                self.family, models, self.encoded, self.batches, self.draws, self.seed
+            )
         mine = torch.stack([scored[index] for index in self.indices])
         every = self.accelerator.gather(mine)[: self.count].cpu()
         return Scores(*every.unbind(dim=-1))
@@ -280,7 +280,8 @@ class HeldOut:
 
 
 def score_pairs(
-    pipeline: StableDiffusionXLPipeline,
+    family: Family,
+    pipeline: Any,
     rows: Dataset,
     resolution: int,
     draws: int = 8,
@@ -294,18 +295,14 @@ def score_pairs(
     Two pipelines scored with the same `seed` see the same noise, so their scores can be compared
     pair by pair.
     """
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    encoders = Encoders(
-        pipeline.vae,
-        [pipeline.tokenizer, pipeline.tokenizer_2],
-        [pipeline.text_encoder, pipeline.text_encoder_2],
-    )
+    scheduler = family.process.scheduler.from_config(pipeline.scheduler.config)
+    denoiser, encoders = denoiser_of(family, pipeline), encoders_of(family, pipeline)
     pairs = PreferencePairs(rows, [(resolution, resolution)], seed=seed)
     indices = range(len(pairs))
-    encoded, _ = encode_pairs(pairs, indices, encoders, pipeline.device, batch_size)
-    with evaluating(pipeline.unet):
+    encoded, _ = encode_pairs(family, pairs, indices, encoders, pipeline.device, batch_size)
+    with evaluating(denoiser):
         scored = score_encoded(
-            pipeline.unet, encoded, batches_of(encoded, batch_size), scheduler, pipeline.device,
-            draws, seed, beta=beta, snr=snr,
+            family, Models(denoiser, encoders, scheduler), encoded,
+            batches_of(encoded, batch_size), draws, seed, beta, snr,
         )  # fmt: skip
     return Scores(*torch.stack([scored[index] for index in indices]).cpu().unbind(dim=-1))

@@ -1,68 +1,53 @@
-"""The files that adapters (LoRA) are saved in: diffusers' own, and one under the names of kohya's
-scripts, which ComfyUI and AUTOMATIC1111 read."""
+"""The result on disk: a pipeline, or adapters (LoRA) in diffusers' own file and in one under the
+names of kohya's scripts, which ComfyUI and AUTOMATIC1111 read."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from peft import get_peft_model_state_dict
 from safetensors.torch import save
 from torch import Tensor
 
-from trainer.families.sdxl import load_vae
+from trainer.families.family import Family
+from trainer.families.loading import load_pipeline, load_vae
 from trainer.files import whole_file, whole_folder
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
-PARTS = ("unet", "text_encoder", "text_encoder_2")
 # What loading needs of peft's LoraConfig; diffusers 0.34 asks for rank_pattern, though it is empty.
 # A file that has all fields is refused by any peft that lacks one of them.
 FIELDS = ("r", "lora_alpha", "target_modules", "layers_to_transform", "rank_pattern")
-ATTENTION = re.compile(r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.attentions\.(\d+)\.(.+)")
 
 
-def original_name(name: str, layers_per_block: int) -> str:
-    """The name that a part of an attention block of diffusers' UNet has in the original SDXL."""
-    found = ATTENTION.fullmatch(name)
-    if found is None:
-        raise ValueError(f"{name} is in no attention block; its original name is not known")
-    side, block, layer, rest = found.groups()
-    if side == "mid_block":
-        return f"middle_block.1.{rest}"
-    # The original numbers all layers of one side. Before a down block's layers comes the first
-    # convolution, and behind them a layer that halves; an up block has one layer more.
-    index = int(block) * (layers_per_block + 1) + int(layer)
-    if side == "down_blocks":
-        return f"input_blocks.{index + 1}.1.{rest}"
-    return f"output_blocks.{index}.1.{rest}"
-
-
-def adapters_of(part: str, model: Any, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+def adapters_of(
+    family: Family, part: str, model: Any, state: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
     """The adapters by peft's names; a text encoder's begin with `text_model.`, which CLIPTextModel
     has in transformers 4 and in all files, but not in transformers 5."""
     # Embeddings are never trained; asked about them, peft looks the base up on the hub.
     adapters = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
-    if part == "unet":
+    if part == family.denoiser:
         return adapters
     prefix = "text_model."
     return {prefix + name.removeprefix(prefix): value for name, value in adapters.items()}
 
 
-def to_kohya(part: str, model: Any, adapters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_kohya(
+    family: Family, part: str, model: Any, adapters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """The adapters by kohya's names, with the alpha of each."""
-    if part == "unet":
-        layers = model.config.layers_per_block
-        adapters = {original_name(name, layers): value for name, value in adapters.items()}
+    if part == family.denoiser:
+        assert family.kohya_name is not None
+        adapters = {family.kohya_name(n, model.config): value for n, value in adapters.items()}
     named = convert_state_dict_to_kohya({f"{part}.{name}": v for name, v in adapters.items()})
     alpha = float(model.peft_config["default"].lora_alpha)
     # The converter writes the rank for each alpha.
@@ -88,18 +73,24 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def write_lora(
-    folder: Path, models: Sequence[Any], states: Sequence[Mapping[str, Tensor] | None]
+    folder: Path,
+    family: Family,
+    models: Mapping[str, Any],
+    states: Mapping[str, Mapping[str, Tensor] | None],
 ) -> list[str]:
-    """Write both files of a UNet's adapters, and of the text encoders' if these come too, into
-    `folder`, and return the files' names. `states` are the models' state dicts, or None."""
+    """Write the files of the adapters of `models`, by the pipeline's names of them, into `folder`,
+    and return the files' names. `states` are the models' state dicts, or None."""
     ours: dict[str, Tensor] = {}
     kohya: dict[str, Tensor] = {}
     settings: dict[str, Any] = {}
-    for part, model, state in zip(PARTS, models, states, strict=False):
-        adapters = adapters_of(part, model, state)
-        for name, value in convert_state_dict_to_diffusers(adapters).items():
-            ours[f"{part}.{name}"] = value
-        kohya |= to_kohya(part, model, adapters)
+    for part, model in models.items():
+        adapters = adapters_of(family, part, model, states[part])
+        named = convert_state_dict_to_diffusers(adapters)
+        if part == family.denoiser == "transformer":
+            named = adapters  # which diffusers' transformers keep under peft's names
+        ours |= {f"{part}.{name}": value for name, value in named.items()}
+        if family.kohya_name is not None:
+            kohya |= to_kohya(family, part, model, adapters)
         config = model.peft_config["default"]
         for field in FIELDS:
             value = getattr(config, field)
@@ -107,22 +98,21 @@ def write_lora(
                 settings[f"{part}.{field}"] = sorted(value) if isinstance(value, set) else value
     metadata = json.dumps(settings, indent=2, sort_keys=True)
     write_tensors(folder / LORA_FILE, ours, {"format": "pt", LORA_ADAPTER_METADATA_KEY: metadata})
+    if not kohya:
+        return [LORA_FILE]
     # AUTOMATIC1111 lists a file whose metadata lacks the base among the LoRAs of SD 1.
-    about = {"ss_base_model_version": "sdxl_base_v1-0", "ss_network_module": "networks.lora"}
+    about = {
+        "ss_base_model_version": family.kohya_base, "ss_network_module": "networks.lora",
+    }  # fmt: skip
     write_tensors(folder / KOHYA_FILE, kohya, {"format": "pt", **about})
     return [LORA_FILE, KOHYA_FILE]
 
 
 def make_public(pipeline: Path) -> list[str]:
-    """Make a saved pipeline fit for others to read, and return the names of its files.
-
-    Its configurations lose the folders that its parts were loaded from, and its weights get the
-    permissions of its other files: safetensors writes for the owner alone.
-    """
-    mode = (pipeline / "model_index.json").stat().st_mode
+    """Take the folders that a saved pipeline's parts were loaded from out of its configurations,
+    and return the names of its files."""
     files = [path for path in pipeline.rglob("*") if path.is_file()]
     for path in files:
-        path.chmod(mode)
         config = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else {}
         if isinstance(config, dict) and {"_name_or_path", "name_or_path"} & config.keys():
             kept = {k: v for k, v in config.items() if k.lstrip("_") != "name_or_path"}
@@ -132,30 +122,29 @@ def make_public(pipeline: Path) -> list[str]:
 
 def save_trained(
     args: argparse.Namespace,
+    family: Family,
     accelerator: Accelerator,
-    learning: Sequence[Any],
+    learning: Mapping[str, Any],
     output_dir: Path,
 ) -> tuple[Path, list[str]]:
-    """Write the adapters, or a pipeline with the trained UNet, whole or not at all.
+    """Write the adapters of the models that learn, by the pipeline's names of them, or a pipeline
+    with the trained denoiser, whole or not at all.
 
     Returns the folder, and the names of the files in it that were written. Every process must call
     it: with FSDP each holds a part. Only the main one writes.
     """
     result = output_dir if args.lora_rank else output_dir / "pipeline"
-    states = [accelerator.get_state_dict(model) for model in learning]
+    states = {name: accelerator.get_state_dict(model) for name, model in learning.items()}
     if not accelerator.is_main_process:
         return result, []
-    models = [accelerator.unwrap_model(model) for model in learning]
+    models = {name: accelerator.unwrap_model(model) for name, model in learning.items()}
     if args.lora_rank:
-        return result, write_lora(result, models, states)
+        return result, write_lora(result, family, models, states)
     with torch.device("meta"):
-        trained = UNet2DConditionModel.from_config(models[0].config)
-    trained.load_state_dict(states[0], assign=True)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, unet=trained, vae=load_vae(args).float(),
-        revision=args.revision, variant=args.variant, cache_dir=args.cache_dir,
-        add_watermarker=False,
-    )  # fmt: skip
+        trained = family.model.from_config(models[family.denoiser].config)
+    trained.load_state_dict(states[family.denoiser], assign=True)
+    parts = {family.denoiser: trained, "vae": load_vae(args).float()}
+    pipeline = load_pipeline(args, family, **parts)
     if args.prediction_type:
         pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
     with whole_folder(result) as aside:

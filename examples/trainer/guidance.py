@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 from fastpref.guidance import (
     SCHEDULES,
@@ -16,6 +16,8 @@ from fastpref.guidance import (
     merged_negative,
 )
 from trainer.export import KOHYA_FILE, LORA_FILE
+from trainer.families.all import FAMILIES
+from trainer.families.family import Family, denoiser_of
 
 Guidance = AnnealedGuidance | NegativePreferenceGuidance
 TRAINED, NEGATIVE = "trained", "negative"  # names of adapters
@@ -66,88 +68,100 @@ def _number(text: str, word: str) -> float:
 
 
 def find_trained(folder: Path, flag: str = "--trained") -> Path:
-    """Where in a run's folder its LoRA lies (a file), or its UNet (a folder)."""
+    """Where in a run's folder its LoRA lies (a file), or its denoiser (a folder)."""
     for lora in (folder, folder / LORA_FILE, folder / KOHYA_FILE):
         if lora.is_file() and lora.suffix == ".safetensors":
             return lora
-    for unet in (folder / "pipeline" / "unet", folder / "unet", folder):
-        config = unet / "config.json"
-        if config.is_file() and "UNet" in json.loads(config.read_text()).get("_class_name", ""):
-            return unet
+    classes = {family.model.__name__: family.denoiser for family in FAMILIES.values()}
+    names = dict.fromkeys(classes.values())
+    for denoiser in (
+        *(folder / "pipeline" / n for n in names),
+        *(folder / n for n in names),
+        folder,
+    ):
+        config = denoiser / "config.json"
+        if config.is_file() and json.loads(config.read_text()).get("_class_name") in classes:
+            return denoiser
     found = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
     raise ValueError(
-        f"{flag} {folder} holds {found}; need {LORA_FILE}, pipeline/ or a UNet, such as a run's "
-        "--output_dir has at its end"
+        f"{flag} {folder} holds {found}; need {LORA_FILE}, pipeline/ or its denoiser, such as "
+        "a run's --output_dir has at its end"
     )
 
 
-def scheduler_config(unet: Path) -> dict[str, Any] | None:
-    """That of the pipeline that a saved UNet belongs to, if it is there."""
-    path = unet.parent / "scheduler" / "scheduler_config.json"
+def scheduler_config(denoiser: Path) -> dict[str, Any] | None:
+    """That of the pipeline that a saved denoiser belongs to, if it is there."""
+    path = denoiser.parent / "scheduler" / "scheduler_config.json"
     config: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
     return config
 
 
-def load_unet(path: Path, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
-    return UNet2DConditionModel.from_pretrained(path, torch_dtype=dtype).to(device)
+def load_trained(family: Family, path: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """The denoiser that a run saved."""
+    return family.model.from_pretrained(path, torch_dtype=dtype).to(device)
 
 
-def add_lora_file(unet: UNet2DConditionModel, path: Path, name: str) -> None:
-    """Load the UNet's part of a LoRA's file as adapters of that name."""
-    load = StableDiffusionXLPipeline.lora_state_dict
-    state, alphas, metadata = load(
-        path.parent, weight_name=path.name, unet_config=unet.config, return_lora_metadata=True
+def add_lora_file(family: Family, denoiser: Any, path: Path, name: str) -> None:
+    """Load the denoiser's part of a LoRA's file as adapters of that name."""
+    options: dict[str, Any] = {}
+    if family.denoiser == "unet":
+        options["unet_config"] = denoiser.config
+    state, *alphas, metadata = family.pipeline.lora_state_dict(
+        path.parent, weight_name=path.name, return_lora_metadata=True, **options
     )
-    StableDiffusionXLPipeline.load_lora_into_unet(
-        state, network_alphas=alphas, unet=unet, adapter_name=name, metadata=metadata
-    )
+    load = getattr(family.pipeline, f"load_lora_into_{family.denoiser}")
+    given = {"network_alphas": alphas[0]} if alphas else {}
+    load(state, **{family.denoiser: denoiser}, adapter_name=name, metadata=metadata, **given)
 
 
-def check_prediction(pipeline: StableDiffusionXLPipeline, trained: Path, wanted: Wanted) -> None:
+def prediction_of(config: Mapping[str, Any]) -> str:
+    """What a model predicts, by its scheduler's configuration."""
+    kind: str = config.get("prediction_type", "flow")
+    return kind
+
+
+def check_prediction(pipeline: Any, trained: Path, wanted: Wanted) -> None:
     """Raises: ValueError, where what is to be mixed is not there or predicts something else."""
     paths = [trained]
     if wanted.path is not None:
         paths.append(find_trained(wanted.path, "negative:"))
-    types = {"the base": pipeline.scheduler.config.prediction_type}
+    types = {"the base": prediction_of(pipeline.scheduler.config)}
     for path in paths:
         config = scheduler_config(path) if path.is_dir() else None
         if config is not None:
-            types[str(path)] = config["prediction_type"]
+            types[str(path)] = prediction_of(config)
     if len({*types.values()}) > 1:
         said = " and ".join(f"{name} predicts {kind}" for name, kind in types.items())
         raise ValueError(f"mixes predictions, but {said}; need one prediction type")
 
 
 def make_guidance(
-    wanted: Wanted,
-    pipeline: StableDiffusionXLPipeline,
-    trained: Path,
-    base: UNet2DConditionModel | None,
+    wanted: Wanted, family: Family, pipeline: Any, trained: Path, base: Any
 ) -> Guidance:
-    """What --guidance asks for, for a pipeline that has the trained UNet or, with a file, LoRA.
+    """What --guidance asks for, for a pipeline that has the trained denoiser or, with a file, LoRA.
 
-    base: the base's own UNet, which comes with a trained one; it may become the negative model.
+    base: the base's own denoiser, which comes with a trained one; it may become the negative model.
     """
     if wanted.schedule is not None:
         return AnnealedGuidance(wanted.schedule, wanted.p, base=base)
     assert wanted.path is not None
     path, keep = find_trained(wanted.path, "negative:"), 1.0 - wanted.m
-    unet = pipeline.unet
+    positive = denoiser_of(family, pipeline)
     if path.is_file() and base is None:
-        add_lora_file(unet, path, NEGATIVE)
-        unet.set_adapters(TRAINED)
+        add_lora_file(family, positive, path, NEGATIVE)
+        positive.set_adapters(TRAINED)
         return NegativePreferenceGuidance({TRAINED: keep, NEGATIVE: 1.0})
     if path.is_file():
-        assert base is not None
         negative = base
-        negative.load_state_dict(merged_negative(unet.state_dict(), base.state_dict(), m=wanted.m))
-        add_lora_file(negative, path, NEGATIVE)
+        states = (each.state_dict() for each in (positive, base))
+        negative.load_state_dict(merged_negative(*states, m=wanted.m))
+        add_lora_file(family, negative, path, NEGATIVE)
         return NegativePreferenceGuidance(negative)
-    negative = load_unet(path, unet.device, unet.dtype)
+    negative = load_trained(family, path, positive.device, positive.dtype)
     if base is None:
-        add_lora_file(negative, trained, TRAINED)
+        add_lora_file(family, negative, trained, TRAINED)
         negative.set_adapters(TRAINED, keep)
     else:
-        states = (each.state_dict() for each in (unet, base, negative))
+        states = (each.state_dict() for each in (positive, base, negative))
         negative.load_state_dict(merged_negative(*states, m=wanted.m))
     return NegativePreferenceGuidance(negative)

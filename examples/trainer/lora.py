@@ -12,29 +12,34 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
+from trainer.families.family import Family
+
 TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
-def add_lora(args: argparse.Namespace, unet: Any, text_encoders: Sequence[Any]) -> None:
-    """Give the UNet, and the text encoders that come, adapters in fp32; all else is frozen."""
-    for model in (unet, *text_encoders):
-        chosen: dict[str, Any] = {"target_modules": UNET_LAYERS}
-        if model is not unet:
-            # SDXL reads the states before the last layer; only the second encoder's own output
-            # comes from behind it. An adapter there would get no gradient, which DDP waits for.
-            unread = model.config.num_hidden_layers - (model is text_encoders[0])
-            chosen = {"target_modules": TEXT_LAYERS, "layers_to_transform": list(range(unread))}
+def add_lora(
+    args: argparse.Namespace, family: Family, denoiser: Any, text_encoders: Sequence[Any] = ()
+) -> list[Any]:
+    """Give the denoiser, and those text encoders that come and can learn, adapters in fp32; all
+    else is frozen. Returns the models that have some."""
+    chosen: list[tuple[Any, dict[str, Any]]] = [(denoiser, {"target_modules": family.lora_layers})]
+    for i, encoder in enumerate(text_encoders):
+        # An adapter of a layer that nothing reads would get no gradient, which DDP waits for.
+        if layers := family.text_layers(i, encoder.config):
+            layer = {"target_modules": TEXT_LAYERS, "layers_to_transform": list(range(layers))}
+            chosen.append((encoder, layer))
+    for model, where in chosen:
         model.requires_grad_(False)
         model.add_adapter(
             LoraConfig(
                 r=args.lora_rank,
                 lora_alpha=args.lora_alpha or args.lora_rank,
                 init_lora_weights="gaussian",
-                **chosen,
+                **where,
             )
         )
         cast_training_params(model, torch.float32)
+    return [model for model, _ in chosen]
 
 
 def trainable(models: Sequence[torch.nn.Module]) -> list[torch.nn.Parameter]:

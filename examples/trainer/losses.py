@@ -1,17 +1,21 @@
-"""Knows fastpref's losses and inversions by name: their flags, and what each needs of a pair."""
+"""fastpref's losses and inversions by name: their flags, and what each needs of a pair."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 import fastpref
 from fastpref import dispatch, grouped, inversion
+from trainer.families.family import Family
+from trainer.families.process import min_snr
 
 Functions: TypeAlias = Mapping[str, Callable[..., Any]]
 
@@ -140,11 +144,33 @@ def inversion_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-class Objective:
-    """The loss that the flags ask for. needs_reference: it compares with a frozen model."""
+def objective_of(loss: str, scheduler: Any = None, **options: Any) -> Objective:
+    """An objective by its name, with these of the flags."""
+    parser = argparse.ArgumentParser()
+    add_loss_flags(parser.add_argument)
+    add_inversion_flags(parser.add_argument)
+    parser.set_defaults(snr_gamma=None, loss=loss, **options)
+    return Objective(parser.parse_args([]), scheduler=scheduler)
 
-    def __init__(self, args: argparse.Namespace, num_train_timesteps: int = 1000) -> None:
-        """Raises a ValueError for a flag that the loss does not take, or not with this value."""
+
+class Objective:
+    """The loss that the flags ask for, and how its pairs get their noise.
+
+    needs_reference: the loss compares with a frozen model. inverts: noisy latents are found by the
+    model itself.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, family: Family | None = None, scheduler: Any = None
+    ) -> None:
+        """Raises a ValueError for a flag that the loss does not take, or not with this value, or
+        that the family has no use for."""
+        for flag, given in (("inversion", args.inversion != "none"), ("snr_gamma", args.snr_gamma)):
+            if given and family is not None and not family.process.has_alphas:
+                raise ValueError(
+                    f"--{flag} came with {family.name}, which is trained by flow matching; it "
+                    "needs a noise schedule with alphas, as SD1.5 and SDXL have"
+                )
         for flag in OPTIONS:
             check_taken(args, flag, "loss", LOSSES, flag)
         for flag, names in SOURCES.items():
@@ -155,11 +181,19 @@ class Objective:
         given = {name: getattr(args, name) for name in OPTIONS}
         self.options = {name: value for name, value in given.items() if value is not None}
         if "num_train_timesteps" in self.takes:
-            self.options["num_train_timesteps"] = num_train_timesteps
+            steps = 1000 if scheduler is None else scheduler.config.num_train_timesteps
+            self.options["num_train_timesteps"] = steps
         if "paired" in self.takes:  # losers are measured, and not trained on
             self.options["paired"] = True
         if {"prob", "delta"} & self.takes and args.score_columns is None:
             raise ValueError(f"--loss {args.loss} needs --score_columns")
+        self.snr_gamma = args.snr_gamma
+        self.inverts = args.inversion != "none"
+        self.inversion = INVERSIONS.get(args.inversion)
+        self.inversion_options = inversion_options(args)
+        # Inversion looks at the alphas and timesteps on the host; another copy of the scheduler
+        # follows the latents to their device.
+        self.scheduler = copy.deepcopy(scheduler) if self.inverts else None
         # The loss knows best which values are good: ask it with a pair of zeros, before training.
         pair, batch = torch.zeros(2, 1), {"scores": torch.zeros(2)}
         self.needs_reference = False
@@ -172,26 +206,44 @@ class Objective:
         except (TypeError, ValueError) as error:
             raise ValueError(f"--loss {args.loss}: {error}") from error
 
+    def invert(
+        self, model: inversion.Model, latents: Tensor, timesteps: Tensor, seeds: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Noisy latents and targets, (2B, ...) both, where each image's noise is the one that the
+        model itself finds in it at the pair's timestep (B,), which is on the host."""
+        assert self.inversion is not None
+        options = dict(self.inversion_options)
+        if options.get("eta"):  # of a stream that Draws has not drawn from
+            options["generator"] = torch.Generator().manual_seed(seeds[0] + 1)
+        both = torch.cat([timesteps, timesteps])
+        return self.inversion(model, latents, both, self.scheduler, **options)
+
+    def weight(self, scheduler: Any, timesteps: Tensor) -> Tensor | None:
+        """The weights of the pairs' errors, if --snr_gamma asks for some."""
+        return min_snr(scheduler, timesteps, self.snr_gamma) if self.snr_gamma else None
+
     def __call__(
         self,
-        model_pred: torch.Tensor,
-        target: torch.Tensor,
-        ref_pred: torch.Tensor | None,
+        model_pred: Tensor,
+        target: Tensor,
+        ref_pred: Tensor | None,
         batch: Mapping[str, Any],
+        sample_weight: Tensor | None = None,
         impl: str | None = None,
     ) -> fastpref.LossOutput:
         """The loss of a batch; what it takes of each pair is made of the batch's columns."""
-        of_pairs: dict[str, torch.Tensor] = {}
+        of_pairs: dict[str, Tensor] = {}
         if ref_pred is not None:
             of_pairs["ref_pred"] = ref_pred
+        if sample_weight is not None:
+            of_pairs["sample_weight"] = sample_weight
         if "prob" in self.takes:
             scores = batch["scores"].chunk(2)
             of_pairs["prob"] = fastpref.smoothed_preference(*scores, **self.score_range)
         if "delta" in self.takes:
             score_w, score_l = batch["scores"].chunk(2)
             of_pairs["delta"] = score_w - score_l
-        for name in ("sign", "sample_weight"):
-            if name in batch:
-                of_pairs[name] = batch[name]
+        if "sign" in batch:
+            of_pairs["sign"] = batch["sign"]
         options = self.options | of_pairs | {"impl": impl or self.impl}
         return self.loss(model_pred, target, **options)

@@ -1,4 +1,4 @@
-"""Knows how a run's metrics get from the device to the progress bar, the trackers and the disk."""
+"""Metrics of a run: from the device to the progress bar, the trackers and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
+import fastpref
 from trainer.files import whole_file
 
 SHOWN = ("loss", "margin", "accuracy", "mse_w", "mse_l")
@@ -41,13 +42,20 @@ def truncate_metrics(path: Path, step: int) -> None:
         append_metrics(aside, rows) if rows else aside.touch()
 
 
-class Journal:
+class MetricsLog:
     """The metrics of a run, left on the device until many steps are read in one go."""
 
     def __init__(
-        self, accelerator: Accelerator, path: Path, progress: tqdm, step: int, bad_in_row: int
+        self,
+        accelerator: Accelerator,
+        path: Path,
+        progress: tqdm,
+        step: int = 0,
+        bad_in_row: int = 0,
+        max_bad_steps: int = 10,
     ) -> None:
         self.accelerator, self.path, self.progress = accelerator, path, progress
+        self.max_bad_steps = max_bad_steps
         self.step = step  # the last one that ended
         self.bad_in_row = bad_in_row  # steps skipped in a row, up to the last one that was read
         self.longest = 0  # of the rows of skipped steps that were read
@@ -93,3 +101,29 @@ class Journal:
             self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
         shown = {name: f"{rows[-1][name]:.3g}" for name in SHOWN}
         self.progress.set_postfix(shown | ({"skipped": self.skipped} if self.skipped else {}))
+
+    @property
+    def too_bad(self) -> bool:
+        """Whether so many steps in a row were skipped that the run should stop."""
+        return self.longest >= self.max_bad_steps
+
+    @property
+    def bad_to_keep(self) -> int:
+        """What a run that goes on from here counts on from."""
+        return 0 if self.too_bad else self.bad_in_row
+
+    def say_health(self) -> None:
+        """Print what the curves so far look like."""
+        if self.accelerator.is_main_process:
+            health = fastpref.health(read_metrics(self.path))
+            self.progress.write(f"step {self.step}: {health}")
+
+    def raise_if_too_bad(self) -> None:
+        """Raises: FloatingPointError, behind a checkpoint."""
+        if self.too_bad:
+            raise FloatingPointError(
+                f"loss or gradients were not finite for {self.longest} steps in a row, as was seen "
+                f"at step {self.step}; none of them changed the weights, which checkpoint-"
+                f"{self.step} holds. Lower --learning_rate or beta, or use bf16 or fp32; "
+                "--max_bad_steps says when to stop"
+            )

@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from trainer.lora import trainable
 
 
 def make_optimizer(
@@ -100,22 +104,6 @@ class EMA(EMAModel):
         self.to(device)
 
 
-@contextmanager
-def averaged(
-    ema: EMAModel | None, parameters: list[torch.nn.Parameter], model: torch.nn.Module
-) -> Iterator[torch.nn.Module]:
-    """The model with the moving average of its parameters, where one is kept."""
-    if ema is None:
-        yield model
-        return
-    ema.store(parameters)
-    ema.copy_to(parameters)
-    try:
-        yield model
-    finally:
-        ema.restore(parameters)
-
-
 def check_same(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     """Raise a ValueError where a file has other weights than the model."""
     differ = sorted(
@@ -153,3 +141,73 @@ def check_sharding(args: argparse.Namespace, accelerator: Accelerator) -> None:
             }  # fmt: skip
             accelerator.native_amp = True
             torch.set_autocast_dtype(accelerator.device.type, torch.bfloat16)
+
+
+@dataclass
+class Learner:
+    """What learns in a run, and how: the models by the pipeline's names of them, as accelerate has
+    prepared them, their parameters, the optimizer, its schedule, and the moving average."""
+
+    accelerator: Accelerator
+    models: dict[str, Any]
+    parameters: list[torch.nn.Parameter]
+    optimizer: AcceleratedOptimizer
+    lr_scheduler: Any
+    ema: EMA | None
+    max_grad_norm: float
+
+    def step(self, loss: Tensor) -> tuple[float, Tensor, Tensor]:
+        """Add the gradients of `loss`, and after the last micro-batch of a step change the weights.
+
+        Returns the learning rate, the gradients' norm, and whether the step is skipped.
+        """
+        self.accelerator.backward(loss * poison(loss))
+        norm = skipped = torch.zeros(())
+        if self.accelerator.sync_gradients:
+            norm, skipped = clip_or_skip(
+                self.accelerator, self.optimizer, self.parameters, self.max_grad_norm
+            )
+        lr: float = self.lr_scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None and self.accelerator.sync_gradients:
+            self.ema.step(self.parameters)
+        return lr, norm, skipped
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The models with the moving average of their parameters, where one is kept."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters)
+
+
+def make_learner(
+    args: argparse.Namespace, accelerator: Accelerator, models: dict[str, Any], steps: int,
+    learning_rate: float,
+) -> Learner:  # fmt: skip
+    """Give the models to accelerate, with an optimizer and the schedule of `steps` steps."""
+    optimizer = make_optimizer(args, trainable([*models.values()]), learning_rate)
+    # accelerate steps the schedule once per process.
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=steps * accelerator.num_processes,
+    )
+    *prepared, optimizer, lr_scheduler = accelerator.prepare(
+        *models.values(), optimizer, lr_scheduler
+    )
+    parameters = trainable(prepared)  # sharding makes others of them
+    ema = EMA(parameters, decay=args.ema_decay) if args.use_ema else None
+    return Learner(
+        accelerator, dict(zip(models, prepared, strict=True)), parameters, optimizer, lr_scheduler,
+        ema, args.max_grad_norm,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Knows how a run's metrics are kept on disk and what its curves look like."""
+"""Curves of a run, and grids of pictures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from trainer.files import whole_file
 from trainer.metrics import read_metrics
-from trainer.sampling import LABEL_WIDTH, MARGIN
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -24,6 +23,8 @@ from matplotlib.figure import Figure
 BLUE, RED, GREY = "#1f6fb4", "#c8483c", "#8a8a8a"
 PALE_BLUE, PALE_RED = "#9fc3e3", "#eab3ad"
 DARK_BLUE, DARK_RED, OCHRE = "#0b3a66", "#7a1f17", "#d99a2b"
+MARGIN = 8  # pixels between the parts of a grid
+LABEL_WIDTH = 220
 
 
 def draw(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> None:

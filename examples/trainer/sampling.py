@@ -1,4 +1,4 @@
-"""Knows how the same prompts are painted by one UNet after another, and laid out side by side."""
+"""Pictures of the same prompts from the same noise, by one model after another."""
 
 from __future__ import annotations
 
@@ -10,19 +10,14 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
-    EulerDiscreteScheduler,
     SchedulerMixin,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from PIL import Image
 from tqdm.auto import tqdm
 
 from trainer.evaluate import evaluating
-from trainer.families.sdxl import Encoders
-
-MARGIN = 8  # pixels between the parts of a grid
-LABEL_WIDTH = 220
+from trainer.families.family import Encoders, Family, assemble, text_parts
+from trainer.families.vae import decode_latents
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -34,16 +29,17 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-class Painter:
-    """Paints the same prompts from the same noise, whatever the UNet has become.
+class PromptSampler:
+    """Samples the same prompts from the same noise, whatever the denoiser has become.
 
     Prompts are embedded here, once, and wait on the CPU, so that the text encoders may be freed;
-    `load_vae` is called for each painting, and what it returns, made fp32, is let go of afterwards.
-    `autocast` holds for the UNet alone. Prompt number i is painted from seed + i.
+    `load_vae` is called each time, and what it returns, made fp32, is let go of afterwards.
+    `autocast` holds for the denoiser alone. Prompt number i is sampled from seed + i.
     """
 
     def __init__(
         self,
+        family: Family,
         prompts: Sequence[str],
         encoders: Encoders,
         device: torch.device,
@@ -62,7 +58,7 @@ class Painter:
                 f"height is {height}, width {width} and steps {steps}; need multiples of 8, and "
                 "a step or more"
             )
-        self.prompts, self.device, self.seed = list(prompts), device, seed
+        self.family, self.prompts, self.device, self.seed = family, list(prompts), device, seed
         self.load_vae, self.autocast = load_vae, autocast
         self.settings = {
             "height": height,
@@ -77,60 +73,52 @@ class Painter:
     def embed(self, text_encoders: Sequence[Any]) -> list[dict[str, torch.Tensor]]:
         """What the pipeline takes in the place of each prompt, and of the empty one that guidance
         leads away from; on the CPU."""
-        pipeline = StableDiffusionXLPipeline(
-            None, *text_encoders, *self.tokenizers, unet=None, scheduler=None, add_watermarker=False
-        )
-        names = ("", "negative_", "pooled_", "negative_pooled_")
-        conditions = []
-        for prompt in self.prompts:
-            embedded = pipeline.encode_prompt(
-                prompt,
-                device=self.device,
-                do_classifier_free_guidance=self.settings["guidance_scale"] > 1,
-            )
-            conditions.append(
-                {
-                    f"{name}prompt_embeds": tensor.cpu()
-                    for name, tensor in zip(names, embedded, strict=True)
-                    if tensor is not None
-                }
-            )
-        return conditions
+        parts = text_parts(self.family, Encoders(None, self.tokenizers, [*text_encoders]))
+        pipeline = assemble(self.family, **parts)
+        guided = self.settings["guidance_scale"] > 1
+        return [
+            {
+                name: tensor.cpu()
+                for name, tensor in self.family.embed_prompt(
+                    pipeline, prompt, self.device, guided
+                ).items()
+            }
+            for prompt in self.prompts
+        ]
 
-    def paint(
+    def sample(
         self,
-        unet: UNet2DConditionModel,
+        denoiser: Any,
         scheduler: SchedulerMixin | Mapping[str, Any],
         text_encoders: Sequence[Any] = (),
         applied: Callable[[Any], AbstractContextManager[Any]] = nullcontext,
     ) -> list[Image.Image]:
         """A picture of each prompt, which text encoders embed anew where they come: if they learn.
 
-        `applied` gets the pipeline that paints and holds meanwhile, as fastpref.guidance's does.
+        `applied` gets the pipeline that samples and holds meanwhile, as fastpref.guidance's does.
 
-        Of a scheduler's config alone SDXL's own sampler is made; a scheduler is used as a copy, so
-        that the steps set on it stay here.
+        Of a scheduler's config alone the family's own sampler is made; a scheduler is used as a
+        copy, so that the steps set on it stay here.
         """
         if isinstance(scheduler, SchedulerMixin):
             scheduler = type(scheduler).from_config(scheduler.config)
         else:
-            scheduler = EulerDiscreteScheduler.from_config(scheduler)
+            scheduler = self.family.process.sampler.from_config(scheduler)
         vae = self.load_vae().to(self.device).float()
-        pipeline = StableDiffusionXLPipeline(
-            vae, None, None, None, None, unet, scheduler, add_watermarker=False
-        )
+        parts = {"vae": vae, self.family.denoiser: denoiser, "scheduler": scheduler}
+        pipeline = assemble(self.family, **parts)
         pipeline.set_progress_bar_config(disable=True)
         pictures = []
-        with evaluating(unet, *text_encoders), applied(pipeline):
+        with evaluating(denoiser, *text_encoders), applied(pipeline):
             conditions = self.embed(text_encoders) if text_encoders else self.conditions
-            for i, condition in enumerate(tqdm(conditions, desc="painting", leave=False)):
-                embeds = {k: v.to(self.device, unet.dtype) for k, v in condition.items()}
+            for i, condition in enumerate(tqdm(conditions, desc="sampling", leave=False)):
+                embeds = {k: v.to(self.device, denoiser.dtype) for k, v in condition.items()}
                 generator = torch.Generator().manual_seed(self.seed + i)  # alike on every device
                 with self.autocast():
                     latents = pipeline(
                         **embeds, **self.settings, generator=generator, output_type="latent"
                     ).images
-                pixels = vae.decode(latents.float() / vae.config.scaling_factor).sample
+                pixels = decode_latents(vae, latents.float())
                 pictures += pipeline.image_processor.postprocess(pixels, output_type="pil")
         del pipeline, vae
         if self.device.type == "cuda":

@@ -19,7 +19,7 @@ from transformers import CLIPTextModelWithProjection
 from trainer.export import write_tensors
 from trainer.original_layout import CLIP, CLIP_XL, OPEN_CLIP, OPEN_CLIP_XL, UNET, VAE, to_original
 
-SD, SDXL = "SD 1.x or 2.x", "SDXL"
+SD_LAYOUT, SDXL_LAYOUT = "SD 1.x or 2.x", "SDXL"
 
 
 def write_single_file(
@@ -57,9 +57,9 @@ def kind_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
     if has("conditioner.embedders.0.model."):
         return "the SDXL refiner"
     if has(f"{UNET}label_emb."):
-        return SDXL
+        return SDXL_LAYOUT
     if has(f"{UNET}input_blocks."):
-        return SD
+        return SD_LAYOUT
     if has(VAE, "encoder.conv_in.", "decoder.conv_in.") and not has(UNET):
         return "a VAE"
     if any("joint_blocks." in name for name in shapes):
@@ -75,7 +75,7 @@ def check_base(path: Path, base: str, folder: Path, given: Mapping[str, Any]) ->
     if (kind := kind_of(shapes)) != base:
         raise ValueError(f"path: {path} holds {kind}, need {base} in the original layout")
     prefixes = {"unet": (UNET,), "vae": (VAE,), "text_encoder": (CLIP, OPEN_CLIP)}
-    if base == SDXL:
+    if base == SDXL_LAYOUT:
         prefixes |= {"text_encoder": (CLIP_XL,), "text_encoder_2": (OPEN_CLIP_XL,)}
     for part, prefix in prefixes.items():
         if part not in given and not any(name.startswith(prefix) for name in shapes):
@@ -137,7 +137,7 @@ def load_single_file(
         needed += [f"text_encoder{number}/config.json", f"tokenizer{number}/tokenizer_config.json"]
     needed = [name for name in needed if name.split("/")[0] not in parts]
     folder = config_folder(config, ["model_index.json", *needed])
-    check_base(path, SDXL if is_xl else SD, folder, parts)
+    check_base(path, SDXL_LAYOUT if is_xl else SD_LAYOUT, folder, parts)
     if is_xl and "text_encoder_2" not in parts:
         parts["text_encoder_2"] = second_encoder(path, folder, dtype)
     if not is_xl:  # else diffusers warns of a missing checker, and wants what prepares its pictures
@@ -193,6 +193,6 @@ def load_single_vae(
     path = Path(path)
     folder = config_folder(config, ["vae/config.json"])
     kind = kind_of(read_shapes(path))
-    if kind not in ("a VAE", SD, SDXL):
+    if kind not in ("a VAE", SD_LAYOUT, SDXL_LAYOUT):
         raise ValueError(f"path: {path} holds {kind}, need a VAE in the original layout")
     return from_file(AutoencoderKL, path, folder, subfolder="vae", torch_dtype=dtype)

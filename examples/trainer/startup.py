@@ -12,7 +12,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
+PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 # Beside another busy process, idle threads that spin hold the core that the working thread needs:
 # on two cores a step of the demo took 17 times as long or more. A value set outside is kept.

@@ -19,7 +19,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from accelerate.state import AcceleratorState
 
 import bench_step
-from bench_step import WAYS, Way, in_own_process, loss_of, main, parse_args, prepare, step, verdicts
+from bench_step import (
+    WAYS,
+    Objective,
+    Way,
+    in_own_process,
+    main,
+    parse_args,
+    prepare,
+    step,
+    verdicts,
+)
 
 
 @pytest.fixture
@@ -78,10 +88,10 @@ def test_the_papers_way_and_ours_make_the_same_step(exact: argparse.Namespace) -
 
 def test_the_compared_losses_are_the_same(exact: argparse.Namespace) -> None:
     pred, target = torch.randn(4, 4, 8, 8), torch.randn(2, 4, 8, 8)
-    theirs, _ = loss_of(WAYS["papers-mapo-full"], 1000)(pred, target)
-    ours, metrics = loss_of(WAYS["ours-mapo-full"], 1000)(pred, target)
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)
-    assert "accuracy" in metrics
+    theirs = Objective(WAYS["papers-mapo-full"])(pred, target, None)
+    ours = Objective(WAYS["ours-mapo-full"])(pred, target, None)
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-3, atol=0)
+    assert "accuracy" in ours.metrics()
 
 
 @pytest.mark.parametrize("name", [name for name in WAYS if "dpo" in name])
@@ -92,8 +102,9 @@ def test_the_reference_is_the_model_before_training(exact: argparse.Namespace, n
     after, _, ref_after = step(job, batch)
     torch.testing.assert_close(ref_after, ref_pred, rtol=1e-4, atol=1e-5)
     assert not after.equal(pred)
-    assert (job.vae is None) == (not job.text_encoders) == ("cache" in name)
-    assert job.unet.is_gradient_checkpointing == ("keep" not in name)
+    encoders = job.models.encoders
+    assert (encoders.vae is None) == (not encoders.text_encoders) == ("cache" in name)
+    assert job.models.denoiser.is_gradient_checkpointing == ("keep" not in name)
     assert bool(job.optimizer.optimizer.defaults.get("fused")) == name.startswith("ours")
 
 

@@ -25,10 +25,13 @@ from torch.multiprocessing.spawn import start_processes
 
 from toy.tiny import tiny_sdxl
 from trainer.data import cache, shards
-from trainer.data.cache import CachedPairs, build_cache, cache_size, release
+from trainer.data.batches import Collator
+from trainer.data.cache import CachedPairs, build_cache, cache_size, encode_captions, release
 from trainer.data.images import BadImage, fit, open_image
 from trainer.data.pairs import PreferencePairs
-from trainer.families.sdxl import Collator, Encoders, encode_images, encode_prompts, tokenize
+from trainer.families.family import Encoders
+from trainer.families.sdxl import SDXL
+from trainer.families.vae import encode_images
 
 SIZES = [(16, 16), (16, 32)]
 BUCKETS = np.array([0, 1, 0, 0, 1])
@@ -88,16 +91,16 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Encoded]:
         counts[0] += len(pixels)
         return encode_images(vae, pixels)
 
-    def prompts(text_encoders: Any, ids: Any) -> Any:
-        counts[1] += len(ids[0])
-        return encode_prompts(text_encoders, ids)
+    def captions(family: Any, texts: Any, encoders: Any) -> Any:
+        counts[1] += len(texts) if texts != [""] else 0  # which says how large they are
+        return encode_captions(family, texts, encoders)
 
     def read() -> Encoded:
         since, counts[:] = Encoded(*counts), [0, 0]
         return since
 
     monkeypatch.setattr(cache, "encode_images", images)
-    monkeypatch.setattr(cache, "encode_prompts", prompts)
+    monkeypatch.setattr(cache, "encode_captions", captions)
     return read
 
 
@@ -146,13 +149,11 @@ def assert_reads_as_encoded(
                     assert read[name].dtype == torch.float32
                     torch.testing.assert_close(read[name], values, rtol=rtol, atol=rtol)
                 assert read["time_ids"].equal(want[2])
-        ids = tokenize(encoders.tokenizers, [row["caption"]])
         with torch.no_grad():
-            prompts, pooled = encode_prompts(encoders.text_encoders, ids)
-        text = cached.caption(row["caption"])
-        assert text is not None
-        torch.testing.assert_close(text["prompts"], prompts[0], rtol=rtol, atol=rtol)
-        torch.testing.assert_close(text["pooled"], pooled[0], rtol=rtol, atol=rtol)
+            ids = SDXL.tokenize(encoders.tokenizers, [row["caption"]])
+            expected = SDXL.encode_text(encoders.text_encoders, ids)
+        first = {name: values[0] for name, values in expected.items()}
+        torch.testing.assert_close(cached.caption(row["caption"]), first, rtol=rtol, atol=rtol)
 
 
 @pytest.mark.parametrize(
@@ -354,8 +355,9 @@ def build_in_process(rank: int, world: int, folder: Path) -> None:
     rows = make_rows()
     rows[4]["jpg_1"] = b"no image"  # hashed by the second process
     cached = build_cache(
-        folder / "both", Dataset.from_list(rows), BUCKETS, SIZES, make_encoders(), accelerator,
-        random_flip=True, batch_size=2, dtype=torch.float32, caption_columns=["caption"],
+        SDXL, folder / "both", Dataset.from_list(rows), BUCKETS, SIZES, make_encoders(),
+        accelerator, random_flip=True, batch_size=2, dtype=torch.float32,
+        caption_columns=["caption"],
     )  # fmt: skip
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(cached))
     torch.distributed.barrier()
@@ -429,9 +431,9 @@ def test_the_size_is_said_before_anything_is_written(
         build()
     assert list(tmp_path.iterdir()) == []
     expected = sum(
-        cache_size(n, 0, (4, h // 2, w // 2), (), 0, torch.float32)
+        cache_size(n, 0, (4, h // 2, w // 2), (), torch.float32)
         for n, (h, w) in zip((5, 4), SIZES, strict=True)
-    ) + cache_size(0, 4, (), (77, 64), 32, torch.float32)
+    ) + cache_size(0, 4, (), [(77, 64), (32,)], torch.float32)
     free[0] = expected
     capsys.readouterr()
     build()
@@ -449,12 +451,12 @@ def test_the_size_is_said_before_anything_is_written(
 
 
 def test_what_sdxl_at_1024_takes() -> None:
-    image = cache_size(1, 0, (4, 128, 128), (), 0, torch.float16)
-    caption = cache_size(0, 1, (), (77, 2048), 1280, torch.float16)
+    image = cache_size(1, 0, (4, 128, 128), (), torch.float16)
+    text = [(77, 2048), (1280,)]
+    caption = cache_size(0, 1, (), text, torch.float16)
     assert (image, caption) == (262_208, 317_968)
-    assert cache_size(5, 7, (4, 128, 128), (77, 2048), 1280, torch.float16) == (
-        5 * image + 7 * caption
-    )
+    both = cache_size(5, 7, (4, 128, 128), text, torch.float16)
+    assert both == 5 * image + 7 * caption
 
 
 def test_a_folder_that_others_do_not_see_is_an_error(
@@ -538,20 +540,20 @@ def test_training_reads_it_without_encoders_in_workers(
     read = PreferencePairs(rows, SIZES, BUCKETS, random_flip=True, cached=cached)
     keys = [[(0, 0), (0, 2), (1, 3)], [(3, 1), (0, 4)]]
     loader = torch.utils.data.DataLoader(
-        read, batch_sampler=keys, collate_fn=Collator(encoders.tokenizers), num_workers=num_workers
+        read,
+        batch_sampler=keys,
+        collate_fn=Collator(SDXL, encoders.tokenizers),
+        num_workers=num_workers,
     )
     for batch, some in zip(loader, keys, strict=True):
-        plain = Collator(encoders.tokenizers)([seen[key] for key in some])
+        plain = Collator(SDXL, encoders.tokenizers)([seen[key] for key in some])
         with torch.no_grad():
             mean, std = encode_images(encoders.vae, plain["pixels"])
-            prompts, pooled = encode_prompts(encoders.text_encoders, plain["input_ids"])
-        for name, values in (
-            ("mean", mean),
-            ("std", std),
-            ("prompts", prompts),
-            ("pooled", pooled),
-        ):
-            torch.testing.assert_close(batch[name], values, rtol=2e-6, atol=2e-6)
+            text = SDXL.encode_text(encoders.text_encoders, plain["input_ids"])
+        read_back = {"mean": batch["mean"], "std": batch["std"], **batch["text"]}
+        torch.testing.assert_close(
+            read_back, {"mean": mean, "std": std, **text}, rtol=2e-6, atol=2e-6
+        )
         assert batch["time_ids"].equal(plain["time_ids"])
         assert batch["seeds"] == plain["seeds"]
 
@@ -569,7 +571,8 @@ def test_what_a_killed_build_left_is_removed_once_it_is_old(build: Build, tmp_pa
     (tmp_path / "cache").mkdir()
     old, new = tmp_path / "cache/.tmp-old", tmp_path / "cache/.tmp-new"
     for path in (old, new):
-        path.write_bytes(b"half a shard")
+        path.mkdir()
+        (path / "half").write_bytes(b"half a shard")
     os.utime(old, (0, 0))
     build()
     assert not old.exists()

@@ -19,15 +19,19 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
+from trainer.metrics import MetricsLog
+from trainer.sampling import PromptSampler
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "examples")]
 
-import train_sdxl  # noqa: E402
+from trainer import loop  # noqa: E402
 from trainer.args import parse_args  # noqa: E402
+from trainer.data import loader  # noqa: E402
 from trainer.evaluate import HeldOut  # noqa: E402
+from trainer.families.all import FAMILIES  # noqa: E402
+from trainer.families.sdxl import SDXL  # noqa: E402
 from trainer.losses import LOSSES  # noqa: E402
-from trainer.metrics import Journal  # noqa: E402
-from trainer.sampling import Painter  # noqa: E402
 
 
 def shard_on_a_cpu(kind: str) -> None:
@@ -70,12 +74,12 @@ def spoil(place: str) -> None:
 
 # Where a signal can come: what is called then.
 MOMENTS: dict[str, tuple[Any, str]] = {
-    "step": (Journal, "end_step"),
+    "step": (MetricsLog, "end_step"),
     "save": (Accelerator, "save_state"),
     "score": (HeldOut, "score"),
-    "paint": (Painter, "paint"),
-    "data": (train_sdxl, "make_pairs"),
-    "result": (train_sdxl, "save_trained"),
+    "paint": (PromptSampler, "sample"),
+    "data": (loader, "make_pairs"),
+    "result": (loop, "save_trained"),
 }
 
 
@@ -122,7 +126,9 @@ def run(words: list[str]) -> None:
     if words[0] == "--by":
         shard_on_a_cpu(words[1])
         words = words[2:]
-    train_sdxl.main(parse_args(words))
+    args = parse_args(words)
+    model = Path(args.pretrained_model_name_or_path).name
+    loop.main(args, FAMILIES.get(model, SDXL))
     sys.stdout.flush()
     os._exit(0)  # the interpreter's end may abort a thread of gloo that still waits for it
 

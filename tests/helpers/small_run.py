@@ -1,8 +1,8 @@
-"""Knows the smallest world in which the trainer runs: two pipelines, a handful of pairs, flags."""
+"""The smallest world in which the trainer runs: a pipeline of each family, some pairs, flags."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,13 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from toy.photo_pairs import write_photo_pairs
-from toy.tiny import tiny_sdxl
-from train_sdxl import main
+from toy.tiny import tiny_sd3, tiny_sd15, tiny_sdxl
 from trainer.args import parse_args
 from trainer.export import LORA_FILE
+from trainer.families.all import FAMILIES
+from trainer.families.family import Family
+from trainer.families.sdxl import SDXL
+from trainer.loop import main
 
 ROOT = Path(__file__).resolve().parents[2]
 Train = Callable[..., Path]
@@ -24,12 +27,17 @@ SCORES: dict[str, Any] = {"score_columns": ("score_0", "score_1")}
 
 
 def make_world(folder: Path) -> Path:
-    """Two pipelines, one per prediction type, and a handful of pairs with all the columns."""
+    """A pipeline of each family, of SDXL one per prediction type, and some pairs with all the
+    columns."""
+    small: dict[str, Any] = {"sample_size": 8, "norm_num_groups": 4}
+    unet: dict[str, Any] = {"unet_channels": (8, 16), "vae_channels": (8, 8), **small}
     for prediction_type in ("epsilon", "v_prediction"):
-        pipeline = tiny_sdxl(
-            (8, 16), (8, 8), sample_size=8, prediction_type=prediction_type, norm_num_groups=4
-        )
+        pipeline = tiny_sdxl(prediction_type=prediction_type, **unet)
         pipeline.save_pretrained(folder / prediction_type)
+    tiny_sd15(**unet).save_pretrained(folder / "sd15")
+    tiny_sd3(head_dim=8, vae_channels=(8, 8), latent_channels=4, **small).save_pretrained(
+        folder / "sd3"
+    )
     write_photo_pairs(folder / "data", train=24, heldout=8, size=24)
     rows = pq.read_table(folder / "data" / "train.parquet").to_pylist()
     for i, row in enumerate(rows):
@@ -66,18 +74,28 @@ def trainer(world: Path, folder: Path) -> Train:
 
     def run(name: str = "run", **flags: Any) -> Path:
         AcceleratorState._reset_state(reset_partial_state=True)  # else the precision is kept
-        main(parse_args(argv(world, folder / name, **flags)))
+        main(parse_args(argv(world, folder / name, **flags)), family_of(flags))
         return folder / name
 
     return run
 
 
+def family_of(flags: Mapping[str, Any]) -> Family:
+    """That of the model of `argv`."""
+    return FAMILIES.get(flags.get("model", ""), SDXL)
+
+
 def unet_of(output_dir: Path) -> dict[str, torch.Tensor]:
-    """What a run trained: the adapters, or else the UNet."""
+    """What a run trained: the adapters, or else the denoiser."""
     lora = output_dir / LORA_FILE
     if lora.exists():
         return load_file(lora)
-    return load_file(output_dir / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    (weights,) = (
+        path
+        for name in ("unet", "transformer")
+        for path in (output_dir / "pipeline" / name).glob("*.safetensors")
+    )
+    return load_file(weights)
 
 
 def assert_same_weights(a: Path, b: Path, **tolerance: Any) -> None:

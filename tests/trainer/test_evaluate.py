@@ -21,9 +21,12 @@ from torch.multiprocessing.spawn import spawn
 from toy.tiny import tiny_sdxl
 from trainer import plots
 from trainer.evaluate import HeldOut, Scores, fixed_noise, score_pairs
-from trainer.families.sdxl import Encoders, encode_images, encode_prompts, tokenize
+from trainer.families.family import Encoders, encoders_of
+from trainer.families.sdxl import SDXL
+from trainer.families.vae import encode_images
 from trainer.metrics import append_metrics
 from trainer.plots import plot_curves
+from trainer.step import Models
 
 SHAPES = [(16, 16), (16, 24), (16, 16), (24, 16), (16, 24)]
 
@@ -57,12 +60,11 @@ def tiny(prediction_type: str = "epsilon") -> StableDiffusionXLPipeline:
     )
 
 
-def encoders_of(pipeline: StableDiffusionXLPipeline) -> Encoders:
-    return Encoders(
-        pipeline.vae.requires_grad_(False),
-        [pipeline.tokenizer, pipeline.tokenizer_2],
-        [pipeline.text_encoder.eval(), pipeline.text_encoder_2.eval()],
-    )
+def models_of(pipeline: StableDiffusionXLPipeline, **others: Any) -> Models:
+    pipeline.vae.requires_grad_(False)
+    pipeline.text_encoder.eval()
+    pipeline.text_encoder_2.eval()
+    return Models(pipeline.unet, encoders_of(SDXL, pipeline), pipeline.scheduler, **others)
 
 
 def hold_out(
@@ -71,8 +73,8 @@ def hold_out(
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True)
     pairs = Shapes() if pairs is None else pairs
-    encoders = encoders_of(pipeline)
-    return HeldOut(pairs, encoders, pipeline.scheduler, accelerator, batch_size, **settings)
+    encoders = models_of(pipeline).encoders
+    return HeldOut(SDXL, pairs, encoders, accelerator, batch_size, **settings)
 
 
 def assert_close(found: Scores, expected: Scores) -> None:
@@ -88,25 +90,28 @@ def test_a_score_is_the_error_of_one_pair_at_its_own_noise(
     prediction_type: str, loser_captions: bool
 ) -> None:
     pipeline, pairs = tiny(prediction_type), Shapes(loser_captions)
-    scores = hold_out(pipeline, pairs, draws=3, seed=7).score(pipeline.unet)
+    scores = hold_out(pipeline, pairs, draws=3, seed=7).score(models_of(pipeline))
     assert scores.mse_w.shape == (5, 3)
-    encoders, scheduler = encoders_of(pipeline), pipeline.scheduler
+    encoders, scheduler = models_of(pipeline).encoders, pipeline.scheduler
     for index, draw in ((0, 0), (3, 2), (4, 1)):
         pair = pairs[0, index]
         for side, name in (("w", "mse_w"), ("l", "mse_l")):
             with torch.no_grad():
                 x, _ = encode_images(encoders.vae, pair[f"pixels_{side}"][None])
                 caption = pair["captions"][-1 if side == "l" else 0]
-                ids = tokenize(encoders.tokenizers, [caption])
-                prompts, pooled = encode_prompts(encoders.text_encoders, ids)
+                ids = SDXL.tokenize(encoders.tokenizers, [caption])
+                text = SDXL.encode_text(encoders.text_encoders, ids)
                 noise = fixed_noise(7, index, draw, x.shape[1:])[None]
                 timestep = torch.tensor([(2 * draw + 1) * 1000 // 6])
                 target = noise
                 if prediction_type == "v_prediction":
                     target = scheduler.get_velocity(x, noise, timestep)
-                condition = {"text_embeds": pooled, "time_ids": pair[f"time_ids_{side}"][None]}
+                condition = {
+                    "text_embeds": text["pooled"],
+                    "time_ids": pair[f"time_ids_{side}"][None],
+                }
                 prediction = pipeline.unet(
-                    scheduler.add_noise(x, noise, timestep), timestep, prompts,
+                    scheduler.add_noise(x, noise, timestep), timestep, text["prompts"],
                     added_cond_kwargs=condition,
                 ).sample  # fmt: skip
             expected = (prediction - target).square().mean().item()
@@ -115,9 +120,9 @@ def test_a_score_is_the_error_of_one_pair_at_its_own_noise(
 
 def test_batches_do_not_change_scores_but_seeds_do() -> None:
     pipeline = tiny()
-    one, three = (hold_out(pipeline, batch_size=n).score(pipeline.unet) for n in (1, 3))
+    one, three = (hold_out(pipeline, batch_size=n).score(models_of(pipeline)) for n in (1, 3))
     assert_close(three, one)
-    assert not hold_out(pipeline, seed=1).score(pipeline.unet).mse_w.allclose(one.mse_w)
+    assert not hold_out(pipeline, seed=1).score(models_of(pipeline)).mse_w.allclose(one.mse_w)
     assert len({tuple(row) for row in one.mse_w.tolist()}) == 5
     noise = [fixed_noise(*key, torch.Size([8])) for key in ((0, 0, 0), (0, 0, 1), (0, 1, 0))]
     assert len({tuple(values.tolist()) for values in noise}) == 3
@@ -157,32 +162,33 @@ class Cached(Shapes):
         for side in "wl":
             mean, std = encode_images(self.encoders.vae, pair.pop(f"pixels_{side}")[None])
             pair |= {f"mean_{side}": mean[0], f"std_{side}": std[0]}
-        ids = tokenize(self.encoders.tokenizers, pair["captions"])
-        prompts, pooled = encode_prompts(self.encoders.text_encoders, ids)
-        return pair | {"prompts": list(prompts), "pooled": list(pooled)}
+        ids = SDXL.tokenize(self.encoders.tokenizers, pair["captions"])
+        text = SDXL.encode_text(self.encoders.text_encoders, ids)
+        each = zip(*text.values(), strict=True)
+        return pair | {"text": [dict(zip(text, values, strict=True)) for values in each]}
 
 
 def test_pairs_from_a_cache_need_no_encoders() -> None:
     pipeline = tiny()
-    expected = hold_out(pipeline).score(pipeline.unet)
-    pairs, accelerator = Cached(encoders_of(pipeline)), Accelerator(cpu=True)
+    expected = hold_out(pipeline).score(models_of(pipeline))
+    pairs, accelerator = Cached(models_of(pipeline).encoders), Accelerator(cpu=True)
     nothing: Any = (None, [], [])
-    held = HeldOut(pairs, Encoders(*nothing), pipeline.scheduler, accelerator, 2)
-    assert_close(held.score(pipeline.unet), expected)
-    with pytest.raises(ValueError, match="text_encoders came, but captions are from a cache"):
-        held.score(pipeline.unet, [pipeline.text_encoder, pipeline.text_encoder_2])
+    held = HeldOut(SDXL, pairs, Encoders(*nothing), accelerator, 2)
+    assert_close(held.score(models_of(pipeline)), expected)
+    with pytest.raises(ValueError, match="text encoders learn, but captions are from a cache"):
+        held.score(models_of(pipeline, text_learns=True))
 
 
 def test_text_encoders_that_learn_encode_anew() -> None:
     pipeline = tiny()
-    held, learning = hold_out(pipeline), [pipeline.text_encoder, pipeline.text_encoder_2]
-    before = held.score(pipeline.unet)
-    assert_close(held.score(pipeline.unet, learning), before)
+    held, learning = hold_out(pipeline), models_of(pipeline, text_learns=True)
+    before = held.score(models_of(pipeline))
+    assert_close(held.score(learning), before)
     with torch.no_grad():
         for parameter in pipeline.text_encoder.parameters():
             parameter += 0.3
-    assert_close(held.score(pipeline.unet), before)
-    assert not held.score(pipeline.unet, learning).mse_w.allclose(before.mse_w, rtol=1e-4)
+    assert_close(held.score(models_of(pipeline)), before)
+    assert not held.score(learning).mse_w.allclose(before.mse_w, rtol=1e-4)
 
 
 def score_in_a_process(rank: int, port: int, folder: Path) -> None:
@@ -193,15 +199,15 @@ def score_in_a_process(rank: int, port: int, folder: Path) -> None:
     held = hold_out(pipeline)
     assert held.accelerator.num_processes == 2
     assert len(held.encoded) == (3, 2)[rank]
-    unet = held.accelerator.prepare(pipeline.unet)
-    torch.save(astuple(held.score(unet)), folder / f"{rank}.pt")
+    models = models_of(pipeline)._replace(denoiser=held.accelerator.prepare(pipeline.unet))
+    torch.save(astuple(held.score(models)), folder / f"{rank}.pt")
     torch.distributed.barrier()
     os._exit(0)  # to destroy a gloo group joins its threads, one of which may wait for the GIL
 
 
 def test_two_processes_score_as_one(tmp_path: Path) -> None:
     pipeline = tiny()
-    expected = hold_out(pipeline).score(pipeline.unet)
+    expected = hold_out(pipeline).score(models_of(pipeline))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -253,9 +259,9 @@ def test_a_pipeline_scores_rows(tmp_path: Path) -> None:
     write_photo_pairs(tmp_path, train=1, heldout=8, size=24)
     rows = Dataset.from_parquet(str(tmp_path / "heldout.parquet"), cache_dir=str(tmp_path))
     pipeline = tiny()
-    scores = score_pairs(pipeline, rows, 16, draws=3, batch_size=8)
+    scores = score_pairs(SDXL, pipeline, rows, 16, draws=3, batch_size=8)
     assert scores.mse_w.shape == (8, 3)
-    assert score_pairs(pipeline, rows, 16, draws=3, batch_size=8).mse_w.equal(scores.mse_w)
+    assert score_pairs(SDXL, pipeline, rows, 16, draws=3, batch_size=8).mse_w.equal(scores.mse_w)
     assert ((scores.margin > 0) == (scores.mse_w < scores.mse_l)).all()
     accuracy, error = scores.summary()["accuracy"]
     assert 0 <= accuracy <= 1

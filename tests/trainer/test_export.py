@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+from trainer.families.sdxl import SDXL
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from diffusers import StableDiffusionXLPipeline
@@ -27,15 +29,8 @@ from torch import Tensor
 from bench_step import sdxl_text_encoders, sdxl_unet
 from small_run import ROOT
 from toy.tiny import tiny_sdxl
-from trainer.export import (
-    KOHYA_FILE,
-    LORA_FILE,
-    PARTS,
-    adapters_of,
-    original_name,
-    to_kohya,
-    write_lora,
-)
+from trainer.export import KOHYA_FILE, LORA_FILE, adapters_of, to_kohya, write_lora
+from trainer.families.unet import original_name
 from trainer.lora import add_lora, trainable
 
 # The fields of LoraConfig in peft 0.14, the oldest that the trainer works with.
@@ -49,6 +44,9 @@ PEFT_0_14 = {
 }  # fmt: skip
 
 
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+
+
 def tiny() -> StableDiffusionXLPipeline:
     """Three levels, so that blocks with attention have two numbers on either side."""
     return tiny_sdxl((8, 16, 32), (8, 8), sample_size=8, norm_num_groups=4)
@@ -56,11 +54,16 @@ def tiny() -> StableDiffusionXLPipeline:
 
 def adapt(models: list[Any], rank: int = 4, alpha: float | None = None) -> None:
     """Give the models adapters that change them."""
-    add_lora(SimpleNamespace(lora_rank=rank, lora_alpha=alpha), models[0], models[1:])  # type: ignore[arg-type]
+    args: Any = SimpleNamespace(lora_rank=rank, lora_alpha=alpha)
+    add_lora(args, SDXL, models[0], models[1:])
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in trainable(models):
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+
+
+def write(folder: Path, models: dict[str, Any]) -> list[str]:
+    return write_lora(folder, SDXL, models, dict.fromkeys(models))
 
 
 def predictions(pipeline: StableDiffusionXLPipeline) -> list[Tensor]:
@@ -84,12 +87,12 @@ def test_diffusers_opens_both_files_as_what_was_trained(
 ) -> None:
     pipeline = tiny()
     base = predictions(pipeline)
-    models = [getattr(pipeline, part) for part in (PARTS if text else PARTS[:1])]
-    adapt(models, 4, alpha)
+    models = {part: getattr(pipeline, part) for part in (PARTS if text else PARTS[:1])}
+    adapt([*models.values()], 4, alpha)
     trained = predictions(pipeline)
     for before, after, changed in zip(base, trained, [True, text, text, text], strict=True):
         assert (not torch.allclose(before, after, atol=1e-3)) == changed
-    assert write_lora(tmp_path, models, [None] * len(models)) == [LORA_FILE, KOHYA_FILE]
+    assert write(tmp_path, models) == [LORA_FILE, KOHYA_FILE]
 
     for name in (None, LORA_FILE, KOHYA_FILE):  # by default, the first
         opened = tiny()
@@ -127,7 +130,7 @@ def attention_blocks_of_the_original() -> Iterator[tuple[str, int]]:
 def test_every_module_of_the_real_unet_has_its_original_name() -> None:
     with torch.device("meta"):
         unet = sdxl_unet()
-        add_lora(SimpleNamespace(lora_rank=4, lora_alpha=32), unet, [])  # type: ignore[arg-type]
+        add_lora(SimpleNamespace(lora_rank=4, lora_alpha=32), SDXL, unet)  # type: ignore[arg-type]
     sides = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
     blocks = [block for side in sides for block in getattr(side, "attentions", [])]
     expected: dict[str, Tensor] = {}
@@ -144,7 +147,9 @@ def test_every_module_of_the_real_unet_has_its_original_name() -> None:
                     expected[f"{key}.lora_down.weight"] = part.lora_A["default"].weight
                     expected[f"{key}.lora_up.weight"] = part.lora_B["default"].weight
     assert len(expected) == 2 * 560
-    found = to_kohya("unet", unet, adapters_of("unet", unet, unet.state_dict(keep_vars=True)))
+    found = to_kohya(
+        SDXL, "unet", unet, adapters_of(SDXL, "unet", unet, unet.state_dict(keep_vars=True))
+    )
     alphas = {f"{name.split('.')[0]}.alpha" for name in expected}
     assert found.keys() == expected.keys() | alphas
     assert all(found[name] is value for name, value in expected.items())
@@ -163,11 +168,11 @@ def test_every_module_of_the_real_unet_has_its_original_name() -> None:
 def test_every_module_of_the_real_text_encoders_has_its_original_name(tmp_path: Path) -> None:
     with torch.device("meta"):
         unet, encoders = tiny().unet, sdxl_text_encoders()
-        add_lora(SimpleNamespace(lora_rank=4, lora_alpha=None), unet, encoders)  # type: ignore[arg-type]
+        add_lora(SimpleNamespace(lora_rank=4, lora_alpha=None), SDXL, unet, encoders)  # type: ignore[arg-type]
     # SDXL reads the first one's states before its last layer, which therefore learns nothing.
     for i, layers in ((1, 11), (2, 32)):
         part, model = PARTS[i], encoders[i - 1]
-        found = to_kohya(part, model, adapters_of(part, model, None))
+        found = to_kohya(SDXL, part, model, adapters_of(SDXL, part, model, None))
         assert found.keys() == {
             f"lora_te{i}_text_model_encoder_layers_{layer}_self_attn_{to}_proj.{end}"
             for layer in range(layers)
@@ -183,9 +188,9 @@ def test_a_module_without_an_original_name_is_refused() -> None:
 
 def test_metadata_and_names_are_those_of_older_versions(tmp_path: Path) -> None:
     pipeline = tiny()
-    models = [getattr(pipeline, part) for part in PARTS]
-    adapt(models, 4, 8)
-    write_lora(tmp_path, models, [None] * 3)
+    models = {part: getattr(pipeline, part) for part in PARTS}
+    adapt([*models.values()], 4, 8)
+    write(tmp_path, models)
     with safe_open(tmp_path / LORA_FILE, "pt") as file:
         names, metadata = [*file.keys()], file.metadata()
     assert metadata.keys() == {"format", "lora_adapter_metadata"}
@@ -207,17 +212,20 @@ WRITE = """
 import os, sys
 from pathlib import Path
 from types import SimpleNamespace
-from trainer.export import PARTS, write_lora
-from trainer.policy import add_lora
+from trainer.export import write_lora
+from trainer.families.sdxl import SDXL
+from trainer.lora import add_lora
 from toy.tiny import tiny_sdxl
 os.umask(0o027)
 pipeline = tiny_sdxl((8, 16), (8, 8), sample_size=8, norm_num_groups=4)
-models = [getattr(pipeline, part) for part in PARTS]
-add_lora(SimpleNamespace(lora_rank=4, lora_alpha=None), models[0], models[1:])
+names = ("unet", "text_encoder", "text_encoder_2")
+models = {name: getattr(pipeline, name) for name in names}
+args = SimpleNamespace(lora_rank=4, lora_alpha=None)
+add_lora(args, SDXL, models["unet"], [models[name] for name in names[1:]])
 for i in range(4):
     folder = Path(sys.argv[1], str(i))
     folder.mkdir()
-    write_lora(folder, models, [None] * 3)
+    write_lora(folder, SDXL, models, dict.fromkeys(models))
 """
 
 
@@ -241,15 +249,16 @@ def test_equal_runs_give_equal_bytes_that_others_may_read(tmp_path: Path) -> Non
 def test_a_full_disk_leaves_the_files_that_were_there(tmp_path: Path) -> None:
     unet = tiny().unet
     adapt([unet])
-    write_lora(tmp_path, [unet], [None])
+    write(tmp_path, {"unet": unet})
     whole = [(tmp_path / name).read_bytes() for name in (LORA_FILE, KOHYA_FILE)]
     adapted = unet.state_dict()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))  # as a full disk
+        twice = {name: 2 * value for name, value in adapted.items()}
         with pytest.raises(OSError, match="File too large"):
-            write_lora(tmp_path, [unet], [{name: 2 * value for name, value in adapted.items()}])
+            write_lora(tmp_path, SDXL, {"unet": unet}, {"unet": twice})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)

@@ -25,8 +25,9 @@ from fastpref.guidance import AnnealedGuidance, NegativePreferenceGuidance, merg
 from toy.tiny import tiny_sdxl
 from trainer.card import push, shown, write_card
 from trainer.export import KOHYA_FILE, LORA_FILE, write_lora
+from trainer.families.sdxl import SDXL
 from trainer.guidance import Wanted, read_guidance
-from trainer.lora import TEXT_LAYERS, UNET_LAYERS
+from trainer.lora import TEXT_LAYERS
 from trainer.metrics import append_metrics
 
 PROMPTS = ["a cat", "a dog"]
@@ -43,13 +44,13 @@ def spoil(model: Any, by: float, seed: int = 1) -> None:
 def save_lora(base: Path, folder: Path, *names: str, seed: int = 1) -> None:
     """Random adapters of these parts of the pipeline, saved as the trainer does."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(base, add_watermarker=False)
-    parts = [getattr(pipeline, name) for name in names]
-    for part in parts:
-        targets = UNET_LAYERS if part is pipeline.unet else TEXT_LAYERS
+    parts = {name: getattr(pipeline, name) for name in names}
+    for part in parts.values():
+        targets = SDXL.lora_layers if part is pipeline.unet else TEXT_LAYERS
         part.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=targets))
         spoil(part, 0.3, seed)
     folder.mkdir()
-    write_lora(folder, parts, [None] * len(parts))
+    write_lora(folder, SDXL, parts, dict.fromkeys(parts))
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.utils import DistributedType
-from policy import check_sharding
 
 from small_run import ROOT, Train, argv, assert_same_weights, seeing, unet_of
 from trainer.args import parse_args
 from trainer.metrics import read_metrics
+from trainer.optim import check_sharding
 
 LAUNCH = ROOT / "tests" / "helpers" / "launch_trainer.py"
 CONFIGS = ROOT / "examples" / "configs" / "accelerate"

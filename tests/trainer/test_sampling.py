@@ -1,4 +1,4 @@
-"""The painter's pictures are those of diffusers' own pipeline, and a grid shows which is which."""
+"""The sampler's pictures are those of diffusers' own pipeline, and a grid shows which is which."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from PIL import Image
 
 from toy.tiny import tiny_sdxl
-from trainer.families.sdxl import Encoders
+from trainer.families.family import Encoders
+from trainer.families.sdxl import SDXL
 from trainer.plots import font, wrap, write_grid
-from trainer.sampling import Painter, read_prompts
+from trainer.sampling import PromptSampler, read_prompts
 
 PROMPTS = ["a cat", "a photograph of a dog"]
 Load = Callable[[], StableDiffusionXLPipeline]
@@ -37,7 +38,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
     return fresh
 
 
-def painter_of(pipeline: StableDiffusionXLPipeline, **settings: Any) -> Painter:
+def sampler_of(pipeline: StableDiffusionXLPipeline, **settings: Any) -> PromptSampler:
     encoders = Encoders(
         pipeline.vae,
         [pipeline.tokenizer, pipeline.tokenizer_2],
@@ -47,7 +48,7 @@ def painter_of(pipeline: StableDiffusionXLPipeline, **settings: Any) -> Painter:
         "prompts": PROMPTS, "height": 16, "width": 24, "steps": 3, "guidance_scale": 4.0,
         "seed": 5, "load_vae": lambda: pipeline.vae,
     }  # fmt: skip
-    return Painter(encoders=encoders, device=torch.device("cpu"), **defaults | settings)
+    return PromptSampler(SDXL, encoders=encoders, device=torch.device("cpu"), **defaults | settings)
 
 
 def assert_same(found: list[Image.Image], expected: list[Image.Image], within: int = 0) -> None:
@@ -70,8 +71,8 @@ def own_pictures(pipeline: StableDiffusionXLPipeline, guidance: float = 4.0) -> 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_pictures_are_those_of_the_pipeline(load: Load, guidance: float) -> None:
     pipeline = load()
-    painter = painter_of(pipeline, guidance_scale=guidance)
-    found = painter.paint(pipeline.unet, pipeline.scheduler)
+    sampler = sampler_of(pipeline, guidance_scale=guidance)
+    found = sampler.sample(pipeline.unet, pipeline.scheduler)
     assert_same(found, own_pictures(pipeline, guidance))
     assert found[0].size == (24, 16)
     assert found[0].tobytes() != found[1].tobytes()
@@ -79,12 +80,12 @@ def test_pictures_are_those_of_the_pipeline(load: Load, guidance: float) -> None
 
 def test_of_a_config_sdxls_own_sampler_is_made(load: Load) -> None:
     pipeline = load()
-    found = painter_of(pipeline).paint(pipeline.unet, pipeline.scheduler.config)
+    found = sampler_of(pipeline).sample(pipeline.unet, pipeline.scheduler.config)
     pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
     assert_same(found, own_pictures(pipeline))
 
 
-def test_painting_leaves_no_trace_and_needs_no_encoders(load: Load) -> None:
+def test_sampling_leaves_no_trace_and_needs_no_encoders(load: Load) -> None:
     pipeline = load()
     vaes: list[weakref.ref[Any]] = []
 
@@ -94,7 +95,7 @@ def test_painting_leaves_no_trace_and_needs_no_encoders(load: Load) -> None:
         return vae
 
     expected = own_pictures(load())
-    painter = painter_of(pipeline, load_vae=load_vae)
+    sampler = sampler_of(pipeline, load_vae=load_vae)
     unet, scheduler = pipeline.unet.train(), pipeline.scheduler
     timesteps = scheduler.timesteps
     del pipeline
@@ -102,7 +103,7 @@ def test_painting_leaves_no_trace_and_needs_no_encoders(load: Load) -> None:
     unet.mid_block.eval()
     modes = [module.training for module in unet.modules()]
     rng = torch.get_rng_state()
-    first, second = painter.paint(unet, scheduler), painter.paint(unet, scheduler)
+    first, second = sampler.sample(unet, scheduler), sampler.sample(unet, scheduler)
     assert_same(first, expected, within=2)  # the VAE has been through bf16
     assert_same(second, first)
     gc.collect()
@@ -116,11 +117,11 @@ def test_painting_leaves_no_trace_and_needs_no_encoders(load: Load) -> None:
 
 def test_half_precision_by_autocast_or_by_weights(load: Load) -> None:
     pipeline = load()
-    expected = painter_of(pipeline).paint(pipeline.unet, pipeline.scheduler)
-    by_autocast = painter_of(
+    expected = sampler_of(pipeline).sample(pipeline.unet, pipeline.scheduler)
+    by_autocast = sampler_of(
         pipeline, autocast=lambda: torch.autocast("cpu", torch.bfloat16)
-    ).paint(pipeline.unet, pipeline.scheduler)
-    by_weights = painter_of(pipeline).paint(pipeline.unet.to(torch.bfloat16), pipeline.scheduler)
+    ).sample(pipeline.unet, pipeline.scheduler)
+    by_weights = sampler_of(pipeline).sample(pipeline.unet.to(torch.bfloat16), pipeline.scheduler)
     for found in (by_autocast, by_weights):
         difference = np.abs(np.asarray(found[0], float) - np.asarray(expected[0], float))
         assert difference.max() > 0
@@ -129,15 +130,15 @@ def test_half_precision_by_autocast_or_by_weights(load: Load) -> None:
 
 def test_text_encoders_that_learn_embed_anew(load: Load) -> None:
     pipeline = load()
-    painter = painter_of(pipeline)
+    sampler = sampler_of(pipeline)
     learning = [pipeline.text_encoder, pipeline.text_encoder_2]
-    before = painter.paint(pipeline.unet, pipeline.scheduler)
-    assert_same(painter.paint(pipeline.unet, pipeline.scheduler, learning), before)
+    before = sampler.sample(pipeline.unet, pipeline.scheduler)
+    assert_same(sampler.sample(pipeline.unet, pipeline.scheduler, learning), before)
     with torch.no_grad():
         for parameter in pipeline.text_encoder_2.parameters():
             parameter += 0.5
-    assert_same(painter.paint(pipeline.unet, pipeline.scheduler), before)
-    after = painter.paint(pipeline.unet, pipeline.scheduler, learning)
+    assert_same(sampler.sample(pipeline.unet, pipeline.scheduler), before)
+    after = sampler.sample(pipeline.unet, pipeline.scheduler, learning)
     assert_same(after, own_pictures(pipeline))
     assert after[0].tobytes() != before[0].tobytes()
 
@@ -152,7 +153,7 @@ def test_text_encoders_that_learn_embed_anew(load: Load) -> None:
 )
 def test_clear_errors(load: Load, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        painter_of(load(), **settings)
+        sampler_of(load(), **settings)
 
 
 def test_prompts_are_lines(tmp_path: Path) -> None:

@@ -31,18 +31,17 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpref
-import train_sdxl
 from small_run import ROOT, Train, argv, assert_same_weights, seeing, unet_of
 from toy.photo_pairs import blur, load_photograph
 from toy.tiny import tiny_sdxl
-from trainer import lora
+from trainer import loop, lora, optim, step
 from trainer.args import parse_args
 from trainer.checkpoints import list_checkpoints
 from trainer.data import loader
 from trainer.export import KOHYA_FILE, LORA_FILE
-from trainer.families import sdxl
-from trainer.families.sdxl import min_snr_weight
-from trainer.losses import LOSSES
+from trainer.families.process import min_snr
+from trainer.families.sdxl import SDXL
+from trainer.losses import LOSSES, Objective
 from trainer.metrics import read_metrics
 
 LORA: dict[str, Any] = {"lora_rank": 4, "learning_rate": 1e-2}
@@ -104,7 +103,7 @@ def test_lora_starts_as_its_own_reference_and_opens_in_diffusers(
     assert all("lora_" in name for name in learned)
     unet = UNet2DConditionModel.from_pretrained(world / "epsilon", subfolder="unet")
     args = parse_args(argv(world, folder, **{k: v for k, v in flags.items() if "lora" in k}))
-    lora.add_lora(args, unet, [])
+    lora.add_lora(args, SDXL, unet)
     unet.load_state_dict(learned, strict=False)
     with torch.no_grad():
         torch.testing.assert_close(unet(*inputs, added_cond_kwargs=added).sample, trained)
@@ -128,7 +127,7 @@ def test_adapters_off_leaves_no_trace() -> None:
     unet = tiny_sdxl((8, 16), (8, 8), sample_size=8, norm_num_groups=4).unet
     args = parse_args(["--pretrained_model_name_or_path", "a", "--dataset_name", "b", "--lora_rank",
                        "4"])  # fmt: skip
-    lora.add_lora(args, unet, [])
+    lora.add_lora(args, SDXL, unet)
     flags = [parameter.requires_grad for parameter in unet.parameters()]
     with lora.without_adapters(unet):
         assert [parameter.requires_grad for parameter in unet.parameters()] == flags
@@ -156,7 +155,7 @@ def test_min_snr_weights_are_the_papers(train: Train) -> None:
         share = scheduler.alphas_cumprod[timesteps]
         snr = share / (1 - share)
         expected = torch.tensor([min(s, 5.0) / (s + extra) for s in snr.tolist()])
-        torch.testing.assert_close(min_snr_weight(scheduler, timesteps, 5.0), expected)
+        torch.testing.assert_close(min_snr(scheduler, timesteps, 5.0), expected)
     plain, weighted = (metrics(train(f"{g}", loss="sft", snr_gamma=g))[0] for g in (1e9, 0.05))
     assert plain == metrics(train("none", loss="sft"))[0]
     assert weighted["loss"] < plain["loss"]
@@ -231,7 +230,7 @@ def test_a_step_that_is_not_finite_changes_nothing(
 ) -> None:
     if not fused:  # as of another optimizer, for which Python has to look
         adamw = functools.partial(torch.optim.AdamW, fused=False)
-        monkeypatch.setattr(train_sdxl, "make_optimizer", lambda args, p, lr: adamw(p, lr=lr))
+        monkeypatch.setattr(optim, "make_optimizer", lambda args, p, lr: adamw(p, lr=lr))
     spoil(monkeypatch, {5}, factor)  # the first half of step 3
     folder = train(max_train_steps=4, gradient_accumulation_steps=2, checkpointing_steps=1)
     assert [row["skipped"] for row in metrics(folder)] == [0, 0, 1, 0]
@@ -349,22 +348,23 @@ def test_an_inversion_is_told_of_timesteps_on_the_host(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[tuple[Any, ...]] = []
-    invert, send = sdxl.inverted_pairs, train_sdxl.__dict__["send_to_device"]
+    invert, send = Objective.invert, vars(step)["send_to_device"]
     sent: list[torch.Tensor] = []
 
-    def keep(*args: Any) -> Any:
-        given.append((args[4], args[5].alphas_cumprod))
-        return invert(*args)
+    def keep(self: Objective, model: Any, latents: Any, timesteps: torch.Tensor, seeds: Any) -> Any:
+        assert self.scheduler is not None
+        given.append((timesteps, self.scheduler.alphas_cumprod))
+        return invert(self, model, latents, timesteps, seeds)
 
     def to_device(batch: Any, device: torch.device, **options: Any) -> Any:
         sent.append(batch["timesteps"])
         batch = send(batch, device, **options)
         return batch | {"timesteps": batch["timesteps"].clone()}  # as on another device
 
-    monkeypatch.setattr(train_sdxl, "inverted_pairs", keep)
-    monkeypatch.setattr(train_sdxl, "send_to_device", to_device)
+    monkeypatch.setattr(Objective, "invert", keep)
+    monkeypatch.setattr(step, "send_to_device", to_device)
     train(loss="dpo", inversion="ddim", inversion_steps=2, max_train_steps=2)
-    assert [timesteps for timesteps, _ in given] == sent
+    assert len(given) == 2
     assert all(given_ is sent_ for (given_, _), sent_ in zip(given, sent, strict=True))
 
 
@@ -404,7 +404,7 @@ def test_an_image_that_breaks_later_is_replaced(
         (photos / "l" / "03.jpg").write_bytes(b"broken")
         return pairs
 
-    monkeypatch.setattr(train_sdxl, "make_pairs", then_break)
+    monkeypatch.setattr(loader, "make_pairs", then_break)
     folder = train(dataset_name=photos, max_train_steps=5)  # all ten pairs once
     assert len(metrics(folder)) == 5
     assert "03.jpg" in (folder / "refused.txt").read_text()
@@ -446,7 +446,7 @@ def test_with_a_cache_no_encoder_is_left(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     devices: list[set[str]] = []
-    load = sdxl.load_encoders
+    load = vars(loop)["load_encoders"]
     loaded: list[Any] = []
 
     def keep(*args: Any) -> Any:
@@ -460,7 +460,7 @@ def test_with_a_cache_no_encoder_is_left(
         devices.append({p.device.type for model in (vae, *texts) for p in model.parameters()})
         return prepare(self, *things)
 
-    monkeypatch.setattr(train_sdxl, "load_encoders", keep)
+    monkeypatch.setattr(loop, "load_encoders", keep)
     monkeypatch.setattr(Accelerator, "prepare", spy)
     train(latent_cache=tmp_path / "cache", max_train_steps=1)
     assert devices == [{"meta"}]
@@ -478,8 +478,8 @@ def test_heldout_scores_and_grids_are_kept_and_resumed(train: Train, world: Path
     assert rows[0]["drop_w"] == rows[0]["drop_l"] == 0
     assert rows[0]["accuracy_ref"] == 0.5
     assert rows[-1]["drop_w"] != 0
-    for step in (0, 2, 4, 5):
-        Image.open(whole / "validation" / f"step-{step}.png").verify()
+    for at in (0, 2, 4, 5):
+        Image.open(whole / "validation" / f"step-{at}.png").verify()
     # Looking does not change the run, and a resumed one has seen the same.
     assert metrics(whole) == metrics(train("plain", max_train_steps=5))
     again = interrupted(train("again", **flags), 2)

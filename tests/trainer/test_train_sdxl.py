@@ -23,14 +23,16 @@ from safetensors.torch import load_file
 import demo
 import fastpref
 import oracles
-import train_sdxl
 from small_run import SCORES, Train, argv, assert_same_weights, unet_of
 from toy.tiny import tiny_sdxl
+from trainer import loop
 from trainer.args import parse_args
 from trainer.checkpoints import find_checkpoint, list_checkpoints, prune
+from trainer.data.batches import Collator, Draws
 from trainer.data.pairs import PreferencePairs
 from trainer.data.sources import load_pairs
-from trainer.families.sdxl import Collator, Draws, frozen_copy, noisy_pairs
+from trainer.families.loading import frozen_copy
+from trainer.families.sdxl import SDXL
 from trainer.files import whole_folder
 from trainer.losses import INVERSIONS, LOSSES, OPTIONS, Objective
 from trainer.metrics import append_metrics, read_metrics, truncate_metrics
@@ -143,7 +145,7 @@ def test_every_loss_trains(
         references.append(frozen_copy(*arguments))
         return references[-1]
 
-    monkeypatch.setattr(train_sdxl, "frozen_copy", spy)
+    monkeypatch.setattr(loop, "frozen_copy", spy)
     folder = train(loss=loss, max_train_steps=20, **NEEDED.get(loss, {}) | flags)
     rows = read_metrics(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 21))
@@ -208,7 +210,9 @@ def test_a_loss_gets_the_flags_and_the_columns(
     loss: str, flags: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     flags = {"loss": loss, **NEEDED.get(loss, {}), **flags}
-    objective = Objective(parse_args(argv(Path("world"), Path("run"), **flags)), 500)
+    scheduler = DDPMScheduler(num_train_timesteps=500)
+    args = parse_args(argv(Path("world"), Path("run"), **flags))
+    objective = Objective(args, SDXL, scheduler)
     generator = torch.Generator().manual_seed(0)
     pred, target, ref = (torch.randn(4, 3, generator=generator) for _ in range(3))
     batch = {"scores": torch.tensor([0.5, 0.1, 0.4, 1.0])}
@@ -327,7 +331,7 @@ def test_inversion_gives_each_image_its_own_noise(
 
 def test_a_pair_shares_noise_and_timestep() -> None:
     shape = torch.Size((4, 8, 8))
-    noise, timesteps, vae_noise = Draws(4, 8, 1000)([7, 8, 7], 64, 64)
+    noise, timesteps, vae_noise = Draws(SDXL, DDPMScheduler(), 4, 8)([7, 8, 7], 64, 64)
     assert noise[0].equal(noise[2])
     assert timesteps[0] == timesteps[2]
     assert not noise[0].equal(noise[1])
@@ -335,7 +339,7 @@ def test_a_pair_shares_noise_and_timestep() -> None:
     latents = torch.randn(6, *shape)
     for prediction_type in ("epsilon", "v_prediction"):
         scheduler = DDPMScheduler(prediction_type=prediction_type)
-        noisy, target = noisy_pairs(latents, noise, timesteps, scheduler)
+        noisy, target = SDXL.process.add_noise(latents, noise, timesteps, scheduler)
         twice = torch.cat([noise, noise])
         scale = scheduler.alphas_cumprod[timesteps.repeat(2)][:, None, None, None]
         torch.testing.assert_close(noisy - scale.sqrt() * latents, (1 - scale).sqrt() * twice)
@@ -349,7 +353,7 @@ def test_a_batch_is_stacked_winners_first(world: Path) -> None:
     rows = load_pairs(str(world / "data"), "train", cache_dir=str(world / "cache"))
     pairs = [PreferencePairs(rows, [(16, 16)])[0, i] for i in range(3)]
     pipeline = StableDiffusionXLPipeline.from_pretrained(world / "epsilon", add_watermarker=False)
-    batch = Collator([pipeline.tokenizer, pipeline.tokenizer_2])(pairs)
+    batch = Collator(SDXL, [pipeline.tokenizer, pipeline.tokenizer_2])(pairs)
     assert batch["pixels"].shape == (6, 3, 16, 16)
     assert batch["pixels"][1].equal(pairs[1]["pixels_w"])
     assert batch["pixels"][4].equal(pairs[1]["pixels_l"])
@@ -366,7 +370,7 @@ def test_captions_scores_and_signs_are_stacked_winners_first(world: Path) -> Non
     tokenizer = StableDiffusionXLPipeline.from_pretrained(
         world / "epsilon", add_watermarker=False
     ).tokenizer
-    batch = Collator([tokenizer])([data[0, i] for i in range(3)])
+    batch = Collator(SDXL, [tokenizer])([data[0, i] for i in range(3)])
     captions = rows[:3]["caption"] + rows[:3]["worse_caption"]
     ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
     assert batch["input_ids"][0].equal(ids)

@@ -1,4 +1,4 @@
-"""Knows how latents and text embeddings are computed once, kept on disk, and never served stale.
+"""Latents and text embeddings, computed once, kept on disk, and never served stale.
 
 A cache is a folder of safetensors shards. An item (the moments of one picture's latents at one size
 and orientation, or the embeddings of one caption) is found by its key: a hash of all that it is
@@ -44,7 +44,6 @@ from trainer.data.images import (
     refuse,
 )
 from trainer.data.shards import (
-    CAPTION_TENSORS,
     IMAGE_TENSORS,
     KEY_BYTES,
     Index,
@@ -57,7 +56,9 @@ from trainer.data.shards import (
     read_folder,
     sortable,
 )
-from trainer.families.sdxl import VAE_DTYPES, Encoders, encode_images, encode_prompts, tokenize
+from trainer.families.family import Encoders, Family, Text
+from trainer.families.loading import VAE_DTYPES
+from trainer.families.vae import encode_images
 from trainer.files import ABANDONED_SECONDS, remove_leftovers
 
 # In every key. Count up when images.open_image or fit, or this file, changes what is stored.
@@ -172,11 +173,11 @@ def unique_captions(rows: datasets.Dataset, columns: Sequence[str]) -> list[str]
     return sorted(texts)
 
 
-def caption_keys(texts: Sequence[str], encoders: Encoders, model: bytes) -> Keys:
+def caption_keys(family: Family, texts: Sequence[str], encoders: Encoders, model: bytes) -> Keys:
     """Keys (len(texts), KEY_BYTES): of the token ids, all that text encoders see of a caption."""
     keys = []
     for start in range(0, len(texts), 1000):
-        ids = tokenize(encoders.tokenizers, texts[start : start + 1000])
+        ids = family.tokenize(encoders.tokenizers, texts[start : start + 1000])
         keys += [
             digest(b"caption", model, *(part.numpy().tobytes() for part in caption))
             for caption in zip(*ids, strict=True)
@@ -185,13 +186,13 @@ def caption_keys(texts: Sequence[str], encoders: Encoders, model: bytes) -> Keys
 
 
 def cache_size(
-    images: int, captions: int, latent: Sequence[int], prompts: Sequence[int], pooled: int,
+    images: int, captions: int, latent: Sequence[int], text: Sequence[Sequence[int]],
     dtype: torch.dtype,
 ) -> int:  # fmt: skip
     """Bytes of a cache: of `images` whose latents have the shape `latent`, and of `captions` whose
-    embeddings have the shape `prompts` and whose pooled ones are `pooled` long."""
+    embeddings have the shapes `text`."""
     image = 2 * math.prod(latent) * dtype.itemsize + 6 * torch.int64.itemsize + KEY_BYTES
-    caption = (math.prod(prompts) + pooled) * dtype.itemsize + KEY_BYTES
+    caption = sum(map(math.prod, text)) * dtype.itemsize + KEY_BYTES
     return images * image + captions * caption
 
 
@@ -300,8 +301,8 @@ def encode_missing_images(
 
 
 def encode_missing_captions(
-    texts: Sequence[str], keys: Keys, missing: npt.NDArray[np.int64], encoders: Encoders,
-    accelerator: Accelerator, writer: ShardWriter, dtype: torch.dtype,
+    family: Family, texts: Sequence[str], keys: Keys, missing: npt.NDArray[np.int64],
+    encoders: Encoders, accelerator: Accelerator, writer: ShardWriter, dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """Write this process's share of the captions `missing`."""
     batches = [missing[i : i + CAPTION_BATCH] for i in range(0, len(missing), CAPTION_BATCH)]
@@ -310,18 +311,19 @@ def encode_missing_captions(
     for batch in tqdm(
         mine, desc="captions encoded", unit="batch", disable=not accelerator.is_main_process
     ):
-        ids = tokenize(encoders.tokenizers, [texts[i] for i in batch])
-        prompts, pooled = encode_prompts(
-            encoders.text_encoders, [part.to(last.device) for part in ids]
-        )
-        writer.add(
-            "captions",
-            {
-                "keys": torch.from_numpy(keys[batch]),
-                "prompts": as_stored("embeddings of captions", prompts, dtype, last),
-                "pooled": as_stored("pooled embeddings of captions", pooled, dtype, last),
-            },
-        )
+        text = encode_captions(family, [texts[i] for i in batch], encoders)
+        stored = {
+            name: as_stored(f"embeddings of captions ({name})", values, dtype, last)
+            for name, values in text.items()
+        }
+        writer.add("captions", {"keys": torch.from_numpy(keys[batch]), **stored})
+
+
+def encode_captions(family: Family, captions: Sequence[str], encoders: Encoders) -> Text:
+    """The embeddings of some captions."""
+    ids = family.tokenize(encoders.tokenizers, captions)
+    device = encoders.text_encoders[-1].device
+    return family.encode_text(encoders.text_encoders, [part.to(device) for part in ids])
 
 
 def release(*models: Any) -> None:
@@ -347,12 +349,15 @@ class CachedPairs:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "shards": {}}
 
-    def _read(self, place: Any, names: Sequence[str]) -> list[Tensor]:
-        shard, row = map(int, place)
+    def _shard(self, place: Any) -> Any:
+        shard = int(place[0])
         if shard not in self.shards:
             self.shards[shard] = safe_open(self.paths[shard], "pt")
+        return self.shards[shard]
+
+    def _read(self, place: Any, names: Sequence[str]) -> list[Tensor]:
         # Copied: what comes is a view of the mapped file.
-        return [self.shards[shard].get_slice(name)[row].clone() for name in names]
+        return [self._shard(place).get_slice(name)[int(place[1])].clone() for name in names]
 
     def image(self, index: int, side: int, flip: bool = False) -> dict[str, Tensor]:
         """mean and std (fp32) of the latents of row `index`'s jpg_`side`, and its time_ids."""
@@ -365,14 +370,16 @@ class CachedPairs:
         return {"mean": mean.float(), "std": std.float(), "time_ids": time_ids}
 
     def caption(self, text: str) -> dict[str, Tensor] | None:
-        """prompts (length, width) and pooled (width,) of `text`, fp32; None if none are cached."""
+        """The embeddings of `text` by name, fp32; None if none are cached."""
         if self.captions is None:
             return None
         at = int(self.captions.find(as_keys([digest(text.encode())]))[0])
         if at < 0:
             raise ValueError(f"caption {text!r} is in no column that the cache was built for")
-        prompts, pooled = self._read(self.captions.places[at], CAPTION_TENSORS[1:])
-        return {"prompts": prompts.float(), "pooled": pooled.float()}
+        place = self.captions.places[at]
+        names = [name for name in sorted({*self._shard(place).keys()}) if name != "keys"]
+        read = self._read(place, names)
+        return {name: values.float() for name, values in zip(names, read, strict=True)}
 
 
 def plan_build(
@@ -408,16 +415,9 @@ def latent_shape(vae: Any, size: Sequence[int]) -> tuple[int, int, int]:
     return vae.config.latent_channels, size[0] // factor, size[1] // factor
 
 
-def caption_shapes(encoders: Encoders) -> tuple[tuple[int, int], int]:
-    """The shape of a caption's embeddings, and the length of its pooled ones."""
-    configs = [text_encoder.config for text_encoder in encoders.text_encoders]
-    width = sum(config.hidden_size for config in configs)
-    return (encoders.tokenizers[0].model_max_length, width), configs[-1].projection_dim
-
-
 @torch.no_grad()
 def build_cache(
-    folder: Path, rows: datasets.Dataset, buckets: npt.NDArray[Any],
+    family: Family, folder: Path, rows: datasets.Dataset, buckets: npt.NDArray[Any],
     sizes: Sequence[tuple[int, int]], encoders: Encoders, accelerator: Accelerator, *,
     random_flip: bool, batch_size: int, dtype: torch.dtype, caption_columns: Sequence[str],
     captions: bool = True, settings: Mapping[str, str] | None = None, num_workers: int = 0,
@@ -451,12 +451,15 @@ def build_cache(
     if captions:
         texts = unique_captions(rows, caption_columns)
         text_model = fingerprint(encoders.text_encoders, dtype, settings)
-        text_keys = caption_keys(texts, encoders, text_model)
+        text_keys = caption_keys(family, texts, encoders, text_model)
     text_items = firsts(text_keys)
 
     # What the folder lacks of it, as one process sees it before any writes.
-    bucket_bytes = [cache_size(1, 0, latent_shape(vae, size), (), 0, dtype) for size in sizes]
-    text_bytes = cache_size(0, 1, (), *caption_shapes(encoders), dtype)
+    bucket_bytes = [cache_size(1, 0, latent_shape(vae, size), (), dtype) for size in sizes]
+    shapes = []
+    if texts:
+        shapes = [each.shape[1:] for each in encode_captions(family, [""], encoders).values()]
+    text_bytes = cache_size(0, 1, (), shapes, dtype)
     verdict: list[Any] = [None]
     if accelerator.is_main_process:
         verdict[0] = plan_build(
@@ -486,7 +489,7 @@ def build_cache(
                 vae, accelerator, writer, batch_size, dtype, num_workers,
             )  # fmt: skip
             encode_missing_captions(
-                texts, text_keys, text_items[lacking[len(image_items) :]],
+                family, texts, text_keys, text_items[lacking[len(image_items) :]],
                 encoders, accelerator, writer, dtype,
             )  # fmt: skip
         # Every process must know what any of them refused; this also waits for all to be done.

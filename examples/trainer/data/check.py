@@ -1,4 +1,4 @@
-"""Knows what to tell of a data set before it is trained on: counts, sizes, faults, and a look."""
+"""A report on a data set before it is trained on: counts, sizes, faults, and a sheet of samples."""
 
 from __future__ import annotations
 

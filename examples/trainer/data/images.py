@@ -1,4 +1,4 @@
-"""Knows which images can be trained on, and how one becomes a tensor without being distorted."""
+"""Images: which can be trained on, and how one becomes a tensor without being distorted."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Knows the data of a run, from the flags to batches: read, looked through, out of a cache."""
+"""The data of a run, from the flags to batches: read, looked through, out of a cache."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from trainer.data.batches import Collator
 from trainer.data.cache import build_cache
 from trainer.data.images import Size
 from trainer.data.pairs import PairBatches, PreferencePairs, StreamedPairs
 from trainer.data.sources import has_splits, read_rows, settle_ties, survey
-from trainer.families.sdxl import VAE_DTYPES, Collator, Encoders
+from trainer.families.family import Encoders, Family
+from trainer.families.loading import VAE_DTYPES
 from trainer.signals import leave_signals_to_parent
 
 Rows: TypeAlias = Dataset | IterableDataset
@@ -69,8 +71,35 @@ def heldout_rows(args: argparse.Namespace) -> Rows | None:
     return settle_ties(all_rows(args, name, split), args.ties, args.seed, args.max_eval_samples)
 
 
+class Data(NamedTuple):
+    """What a run is trained on, pairs or a stream of rows, and the pairs it is scored with."""
+
+    train: PreferencePairs | IterableDataset
+    heldout: PreferencePairs | None
+    sizes: Sequence[Size]
+    pairs: int  # to train on; 0 for a stream, whose length nobody knows
+
+
+def load_data(
+    args: argparse.Namespace, family: Family, accelerator: Accelerator, sizes: Sequence[Size],
+    rows: Rows, rows_heldout: Rows | None, encoders: Encoders,
+) -> Data:  # fmt: skip
+    """The rows as pairs, but for a stream."""
+    train: Any = rows
+    if not args.streaming:
+        train = make_pairs(args, family, accelerator, rows, sizes, encoders, **options(args))
+    heldout = None
+    if rows_heldout is not None:
+        heldout = make_pairs(
+            args, family, accelerator, rows_heldout, sizes, encoders, seed=args.seed,
+            loser_caption_column=args.loser_caption_column,
+        )  # fmt: skip
+    return Data(train, heldout, sizes, 0 if args.streaming else len(train))
+
+
 def make_pairs(
     args: argparse.Namespace,
+    family: Family,
     accelerator: Accelerator,
     rows: Dataset,
     sizes: Sequence[Size],
@@ -83,7 +112,7 @@ def make_pairs(
     if args.latent_cache:
         columns = ["caption", making.get("loser_caption_column")]
         cached = build_cache(
-            Path(args.latent_cache), rows, buckets, sizes, encoders, accelerator,
+            family, Path(args.latent_cache), rows, buckets, sizes, encoders, accelerator,
             random_flip=making.get("random_flip", False), batch_size=2 * args.train_batch_size,
             dtype=VAE_DTYPES[args.latent_cache_dtype],
             caption_columns=[column for column in columns if column],
@@ -95,8 +124,7 @@ def make_pairs(
 def make_loader(
     args: argparse.Namespace,
     accelerator: Accelerator,
-    data: PreferencePairs | IterableDataset,
-    sizes: Sequence[Size],
+    data: Data,
     collate: Collator,
     pairs_seen: int,
     count: int,
@@ -111,15 +139,15 @@ def make_loader(
         "generator": torch.Generator(),  # its own, so that the global RNG is left alone
         "worker_init_fn": leave_signals_to_parent,
     }
-    if isinstance(data, PreferencePairs):
-        assert data.buckets is not None
+    if isinstance(data.train, PreferencePairs):
+        assert data.train.buckets is not None
         batches = PairBatches(
-            data.buckets, args.train_batch_size, args.seed, pairs_seen, count * processes
+            data.train.buckets, args.train_batch_size, args.seed, pairs_seen, count * processes
         )
         ours = BatchSamplerShard(batches, processes, process)
-        return DataLoader(data, batch_sampler=ours, **loading)
+        return DataLoader(data.train, batch_sampler=ours, **loading)
     stream = StreamedPairs(
-        data, sizes[0], rank=process, world=processes, start=pairs_seen,
+        data.train, data.sizes[0], rank=process, world=processes, start=pairs_seen,
         batch_size=args.train_batch_size, **options(args),
     )  # fmt: skip
     return DataLoader(stream, batch_size=args.train_batch_size, **loading)

@@ -1,5 +1,4 @@
-"""Knows what a pair is, and turns rows of pairs into tensors and into batches of one size, the same
-way in every run."""
+"""Pairs: rows turned into tensors, and into batches of one size, the same way in every run."""
 
 from __future__ import annotations
 
@@ -111,7 +110,7 @@ class Cached(Protocol):
         """The mean, std and time_ids of image `side` (0 or 1) of row `index`; else BadImage."""
 
     def caption(self, text: str) -> Mapping[str, torch.Tensor] | None:
-        """The prompts and pooled of a caption, or None where captions are not kept."""
+        """The embeddings of a caption by name, or None where captions are not kept."""
 
 
 @dataclass(kw_only=True)
@@ -137,7 +136,7 @@ class PairMaker:
 
     def make(self, row: Mapping[str, Any], index: int, draw: Key, size: Size) -> dict[str, Any]:
         """The pair as pixels_w/l (with `cached`, mean_w/l and std_w/l), time_ids_w/l, captions (one
-        for both, or the winner's and the loser's) with their prompts and pooled if these are
+        for both, or the winner's and the loser's) with their text, embeddings by name, if these are
         cached, and a seed for its noise and timestep; score_w/l and sign if columns hold them.
         """
         # A wrong label stays wrong for the whole run, as in data: its draw knows no epoch.
@@ -178,7 +177,7 @@ class PairMaker:
             texts = [self.cached.caption(caption) for caption in captions]
             known = [text for text in texts if text is not None]
             if len(known) == len(texts):
-                pair |= {name: [text[name] for text in known] for name in ("prompts", "pooled")}
+                pair["text"] = known
         return pair
 
 

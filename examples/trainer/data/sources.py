@@ -1,4 +1,4 @@
-"""Knows where preference pairs come from, what a tie stands for, and which pairs are whole."""
+"""Sources of preference pairs: what can be read, what becomes of ties, which pairs are whole."""
 
 from __future__ import annotations
 

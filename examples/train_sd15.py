@@ -1,0 +1,20 @@
+"""Alignment of a Stable Diffusion 1.x or 2.x model on preference pairs.
+
+    accelerate launch examples/train_sd15.py --resolution 512 \\
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        --dataset_name yuvalkirstain/pickapic_v2 --mixed_precision bf16 --gradient_checkpointing
+
+`trainer/loop.py` has the run, `trainer/step.py` the step.
+"""
+
+from __future__ import annotations
+
+from trainer import startup  # noqa: F401 - before torch
+
+# isort: split
+from trainer.args import parse_args
+from trainer.families.sd15 import SD15
+from trainer.loop import main
+
+if __name__ == "__main__":
+    main(parse_args(), SD15)
