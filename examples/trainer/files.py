@@ -9,8 +9,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from accelerate import Accelerator
+if TYPE_CHECKING:  # the studies write files without it
+    from accelerate import Accelerator
 
 ASIDE = ".tmp-"
 ABANDONED_SECONDS = 3600  # after which nobody is still writing

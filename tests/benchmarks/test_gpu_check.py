@@ -23,7 +23,7 @@ from conftest import NEEDS
 from gpu_check import Command, Where, check
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("examples", "benchmarks", "tests/helpers")  # whose modules find one another
+FOLDERS = ("examples", "benchmarks", "tests", "tests/helpers")  # whose modules find one another
 ROOMS = ("trainer", "toy", "study")  # packages in examples/
 BARE = ("torch", "triton", "pytest", "numpy", "mpmath", "hypothesis")
 
@@ -48,6 +48,8 @@ def imported(test_file: Path) -> set[str]:
                 names = {arg.arg for arg in node.args.args}
                 if names & fixtures:
                     visit(ROOT / "tests" / "helpers" / "small_run.py")
+                continue
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
                 continue
             nodes += ast.iter_child_nodes(node)
             if isinstance(node, ast.Import):

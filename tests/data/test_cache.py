@@ -110,6 +110,7 @@ def build(tmp_path: Path, encoders: Encoders, accelerator: Accelerator) -> Build
 
     def run(rows: list[Row] | Dataset | None = None, **options: Any) -> CachedPairs:
         settings: dict[str, Any] = {
+            "family": SDXL,
             "folder": tmp_path / "cache",
             "buckets": BUCKETS,
             "sizes": SIZES,

@@ -585,13 +585,13 @@ def test_cached_pairs_are_those_that_would_be_opened(noise: float) -> None:
         assert known["mean_l"].tolist() == [1, noise == 0, flip]
         assert known["std_w"].equal(known["mean_w"] + 100)
         assert known["time_ids_l"].equal(known["mean_l"] + 1000)
-        assert known["prompts"] == [len(text) for text in pair["captions"]]
-        assert known["pooled"] == [len(text) + 100 for text in pair["captions"]]
+        lengths = [len(text) for text in pair["captions"]]
+        assert known["text"] == [{"prompts": n, "pooled": n + 100} for n in lengths]
         flips.add(flip)
     assert flips == {False, True}
     assert cached[0, 2]["refused"][0].endswith("cut short")
     without = PreferencePairs(data, SQUARE, cached=Latents(captions=False))
-    assert not {"prompts", "pooled"} & without[0, 1].keys()
+    assert "text" not in without[0, 1]
 
 
 def pair_id(pair: dict[str, Any]) -> tuple[str, int]:

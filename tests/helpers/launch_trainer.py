@@ -19,9 +19,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-from trainer.metrics import MetricsLog
-from trainer.sampling import PromptSampler
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "examples")]
 
@@ -32,6 +29,8 @@ from trainer.evaluate import HeldOut  # noqa: E402
 from trainer.families.all import FAMILIES  # noqa: E402
 from trainer.families.sdxl import SDXL  # noqa: E402
 from trainer.losses import LOSSES  # noqa: E402
+from trainer.metrics import MetricsLog  # noqa: E402
+from trainer.sampling import PromptSampler  # noqa: E402
 
 
 def shard_on_a_cpu(kind: str) -> None:

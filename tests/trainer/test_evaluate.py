@@ -136,16 +136,16 @@ def test_scoring_leaves_no_trace() -> None:
     modes = [module.training for module in unet.modules()]
     rng = torch.get_rng_state()
     held = hold_out(pipeline)
-    scores = held.score(unet)
+    scores = held.score(models_of(pipeline))
     assert torch.get_rng_state().equal(rng)
     assert [module.training for module in unet.modules()] == modes
     assert all(parameter.grad is None for parameter in unet.parameters())
     assert not scores.mse_w.requires_grad
-    assert held.score(unet).mse_w.equal(scores.mse_w)  # no dropout
+    assert held.score(models_of(pipeline)).mse_w.equal(scores.mse_w)  # no dropout
     assert held.refused == ["row 3: broken"]
     unet.conv_out[0].register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        held.score(unet)
+        held.score(models_of(pipeline))
     assert [module.training for module in unet.modules()] == modes
 
 

@@ -258,7 +258,7 @@ def test_half_precision_and_another_vae(world: Path, run: Generate) -> None:
 
 def test_clear_errors(world: Path, run: Generate, tmp_path: Path) -> None:
     for folder, message in (("nowhere", "holds nothing"), ("base/vae", r"holds config\.json")):
-        with pytest.raises(ValueError, match=rf"{message}.*; need {LORA_FILE}, pipeline/ or a"):
+        with pytest.raises(ValueError, match=rf"{message}.*; need {LORA_FILE}, pipeline/ or its"):
             run(folder)
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match="holds no prompt"):
@@ -274,7 +274,7 @@ def card_of(folder: Path, **changes: Any) -> str:
         "settings": {"learning_rate": 1e-5}, "metrics_path": folder / "metrics.jsonl",
         "pictures": [], "lora": True,
     }  # fmt: skip
-    (name, *_) = write_card(folder, **settings | changes)
+    (name, *_) = write_card(folder, SDXL, **settings | changes)
     return (folder / name).read_text()
 
 
