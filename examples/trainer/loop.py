@@ -73,7 +73,7 @@ def main(args: argparse.Namespace, family: Family) -> None:
 
 def train(args: argparse.Namespace, family: Family, stop: Stop) -> None:
     """The run itself, which `stop` may end before its last step."""
-    accelerator = start(args)
+    accelerator = start(args, family)
     check_base(args, family)
     scheduler = load_scheduler(args, family)
     objective = Objective(args, family, scheduler)
@@ -144,7 +144,7 @@ def train(args: argparse.Namespace, family: Family, stop: Stop) -> None:
     finish(args, family, accelerator, learner, log, monitor)
 
 
-def start(args: argparse.Namespace) -> Accelerator:
+def start(args: argparse.Namespace, family: Family) -> Accelerator:
     """The processes, the seed, and an output folder without what a killed run left half-written."""
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
@@ -156,7 +156,7 @@ def start(args: argparse.Namespace) -> Accelerator:
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
     )
     args.mixed_precision = accelerator.mixed_precision
-    check_sharding(args, accelerator)
+    check_sharding(args, family, accelerator)
     set_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if accelerator.is_main_process:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from trainer.families.family import Family
 from trainer.lora import trainable
 
 
@@ -117,15 +118,17 @@ def check_same(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Ten
         )
 
 
-def check_sharding(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Raise a ValueError for what cannot be split over processes, and tell DeepSpeed what
-    accelerate would read from a loader of its own."""
+def check_sharding(args: argparse.Namespace, family: Family, accelerator: Accelerator) -> None:
+    """Raise a ValueError for what cannot be split over processes; tell FSDP by which modules to
+    split the model, and DeepSpeed what accelerate would read from a loader of its own."""
     kind = accelerator.distributed_type
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         for flag in ("use_ema", "train_text_encoder"):
             if getattr(args, flag):
                 raise ValueError(f"--{flag} came with {kind.value}; need one process, or DDP "
-                                 "(examples/accelerate/ddp.yaml)")  # fmt: skip
+                                 "(examples/configs/accelerate/ddp.yaml)")  # fmt: skip
+    if kind == DistributedType.FSDP:
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = list(family.blocks)
     if kind == DistributedType.DEEPSPEED:
         if args.mixed_precision == "fp16":
             raise ValueError("--mixed_precision is fp16 with DeepSpeed; need bf16 or no")

@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType
 
 from small_run import ROOT, Train, argv, assert_same_weights, seeing, unet_of
 from trainer.args import parse_args
+from trainer.families.sdxl import SDXL
 from trainer.metrics import read_metrics
 from trainer.optim import check_sharding
 
@@ -64,14 +65,20 @@ def assert_same_run(one: Path, two: Path) -> None:
         assert a == pytest.approx(b, rel=1e-3, abs=1e-3)
 
 
-@pytest.mark.parametrize("by", [None, "fsdp", "deepspeed"])
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("model", "kind", "by"),
+    [
+        *(("epsilon", kind, by) for kind in ("full", "lora") for by in (None, "fsdp", "deepspeed")),
+        ("sd15", "lora", None), ("sd15", "full", "fsdp"),
+        ("sd3", "full", None), ("sd3", "lora", "fsdp"),
+    ],
+)  # fmt: skip
 def test_two_processes_train_what_one_does(
-    train: Train, world: Path, tmp_path: Path, kind: str, by: str | None
+    train: Train, world: Path, tmp_path: Path, model: str, kind: str, by: str | None
 ) -> None:
     if by == "deepspeed":
         pytest.importorskip("deepspeed")
-    flags = FLAGS | (LORA if kind == "lora" else {})
+    flags = {**FLAGS, "model": model, **(LORA if kind == "lora" else {})}
     one = train("one", train_batch_size=4, **flags)
     two = train_by_two(world, tmp_path / "two", by, train_batch_size=2, **flags)
     assert_same_run(one, two)
@@ -124,7 +131,7 @@ def test_what_cannot_be_sharded_says_so(
     for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         accelerator = SimpleNamespace(distributed_type=kind)
         with pytest.raises(ValueError, match=f"came with {kind.value}; need one process, or DDP"):
-            check_sharding(args, accelerator)
+            check_sharding(args, SDXL, accelerator)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2"])

@@ -68,6 +68,7 @@ class Family(NamedTuple):
     # (pipeline, prompt, device, guided) -> what the pipeline takes in the prompt's place
     embed_prompt: Callable[[Any, str, Any, bool], dict[str, Tensor]]
     lora_layers: list[str]  # of the denoiser
+    blocks: list[str]  # classes of its modules that FSDP keeps in one piece
     # (which text encoder, its configuration) -> how many of its layers the denoiser depends on
     text_layers: Callable[[int, Any], int]
     # (a layer of the denoiser, its configuration) -> its name in kohya's files, where one is needed

@@ -11,7 +11,7 @@ from transformers import CLIPTextModel
 
 from trainer.families.family import Config, Family, Text, TextPart
 from trainer.families.process import DDPM
-from trainer.families.unet import LORA_LAYERS, check_unet, halvings, predict, tokenize
+from trainer.families.unet import BLOCKS, LORA_LAYERS, check_unet, halvings, predict, tokenize
 
 
 def check(config: Config) -> None:
@@ -64,6 +64,7 @@ SD15 = Family(
     predict=predict,
     embed_prompt=embed_prompt,
     lora_layers=LORA_LAYERS,
+    blocks=BLOCKS,
     text_layers=text_layers,
     kohya_name=kohya_name,
     kohya_base="sd_v1",

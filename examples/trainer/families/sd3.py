@@ -113,6 +113,7 @@ SD3 = Family(
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     ],
+    blocks=["JointTransformerBlock"],
     text_layers=text_layers,
     kohya_name=None,  # ComfyUI and kohya's scripts read diffusers' own file
     kohya_base="",

@@ -13,6 +13,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from trainer.families.family import Config, Family, Text, TextPart
 from trainer.families.process import DDPM
 from trainer.families.unet import (
+    BLOCKS,
     LORA_LAYERS,
     check_unet,
     halvings,
@@ -28,10 +29,10 @@ def check(config: Config) -> None:
     if config.get("addition_embed_type") != "text_time":
         raise ValueError("its UNet takes no time ids, as one of SD1.5 or 2.x does not; "
                          "need SDXL's (train_sd15.py trains the others)")  # fmt: skip
-    width = config["projection_class_embeddings_input_dim"]
-    pooled = width - 6 * config["addition_time_embed_dim"]
-    if config.get("cross_attention_dim") == pooled:  # the second encoder's states alone
-        raise ValueError("its UNet is that of a refiner, on one text encoder; need a base model")
+    # A refiner has five time ids, the last a score of aesthetics, and one text encoder.
+    pooled = config["projection_class_embeddings_input_dim"] - 5 * config["addition_time_embed_dim"]
+    if config["cross_attention_dim"] == pooled:
+        raise ValueError("its UNet is that of a refiner; need a base model")
 
 
 def encode_text(text_encoders: Sequence[Any], input_ids: Sequence[Tensor]) -> Text:
@@ -86,6 +87,7 @@ SDXL = Family(
     predict=predict,
     embed_prompt=embed_prompt,
     lora_layers=LORA_LAYERS,
+    blocks=BLOCKS,
     text_layers=text_layers,
     kohya_name=kohya_name,
     kohya_base="sdxl_base_v1-0",

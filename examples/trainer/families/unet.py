@@ -11,6 +11,7 @@ from torch import Tensor
 from trainer.families.family import Config
 
 LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
+BLOCKS = ["BasicTransformerBlock", "ResnetBlock2D"]
 ATTENTION = re.compile(r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.attentions\.(\d+)\.(.+)")
 
 
