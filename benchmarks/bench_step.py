@@ -53,7 +53,6 @@ sys.path[:0] = [
 
 from bench_loss import RESULTS, append, environment  # noqa: E402
 from cases import DEVICE, GPU, PUBLISHED, synchronize  # noqa: E402
-from objectives import Objective, add_loss_flags  # noqa: E402
 
 NEEDED = ("accelerate", "diffusers", "peft", "safetensors", "transformers")
 LACKING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -64,8 +63,8 @@ if not LACKING:
     from accelerate.utils import send_to_device
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-    from transformers.optimization import Adafactor
 
+    from objectives import LossArguments, Objective
     from policy import add_lora, clip_or_skip, make_optimizer, poison, trainable, without_adapters
     from sdxl import (
         DTYPES,
@@ -197,9 +196,7 @@ def loss_of(way: Way, num_train_timesteps: int) -> Callable[..., Any]:
     if way.papers:
         published = PUBLISHED["dpo_sigmoid" if way.loss == "dpo" else way.loss]
         return lambda *tensors: (published(*tensors), {})
-    parser = argparse.ArgumentParser()
-    add_loss_flags(parser.add_argument)
-    objective = Objective(parser.parse_args(["--loss", way.loss]), num_train_timesteps)
+    objective = Objective(LossArguments(loss=way.loss), num_train_timesteps)
 
     def loss(pred: Tensor, target: Tensor, ref: Tensor | None = None) -> Any:
         out = objective(pred, target, ref, {})
@@ -210,14 +207,15 @@ def loss_of(way: Way, num_train_timesteps: int) -> Callable[..., Any]:
 
 def optimizer_of(way: Way, args: argparse.Namespace, parameters: list[torch.nn.Parameter]) -> Any:
     """The trainer's; or, as the papers' scripts make it, one that is not fused."""
-    if not way.papers or args.papers_optimizer == "8bit":
-        asked = argparse.Namespace(**vars(args))
-        asked.use_8bit_adam = way.papers or args.use_8bit_adam
-        return make_optimizer(asked, parameters, args.learning_rate)
-    settings = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
-    if args.papers_optimizer == "adafactor":
-        return Adafactor(parameters, scale_parameter=False, relative_step=False, **settings)
-    return torch.optim.AdamW(parameters, **settings)
+    if way.papers and args.papers_optimizer == "adamw":
+        return torch.optim.AdamW(
+            parameters, lr=args.learning_rate, weight_decay=args.adam_weight_decay
+        )
+    asked = argparse.Namespace(**vars(args))
+    asked.optimizer = "adamw_8bit" if args.use_8bit_adam else "adamw"
+    if way.papers:
+        asked.optimizer = {"8bit": "adamw_8bit"}.get(args.papers_optimizer, "adafactor")
+    return make_optimizer(asked, parameters, args.learning_rate)
 
 
 def optimizer_name(way: Way, args: argparse.Namespace) -> str:

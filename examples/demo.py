@@ -25,6 +25,7 @@ from pair_data import PreferencePairs
 from pair_sources import load_pairs
 from photo_pairs import write_photo_pairs
 from tiny_sdxl import tiny_sdxl
+from trainer.entry import Parser, one_line_errors
 from vae_fit import fit_vae
 
 SIZE = 32  # pixels; the VAE makes 16 x 16 latents of them
@@ -35,10 +36,9 @@ LATENT_STD = 4.0
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the flags; the defaults are the demo."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Align a small SDXL on pairs of real photographs, on a CPU and offline. "
         "Interrupted and started again, it goes on from where it was.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     flag = parser.add_argument
     flag("--output_dir", default="demo", help="everything is left here; remove it to start afresh")
@@ -185,4 +185,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors():
+        main(parse_args())

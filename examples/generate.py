@@ -13,7 +13,6 @@ import startup  # noqa: F401 - before torch
 
 # isort: split
 import argparse
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
 
+from flags import PipelineArguments
 from guided import (
     HELP,
     TRAINED,
@@ -35,19 +35,20 @@ from guided import (
 )
 from lora_files import LORA_FILE
 from painting import Painter, read_prompts, write_grid, write_image
-from sdxl import DTYPES, Encoders, add_model_flags
+from sdxl import DTYPES, Encoders
+from trainer.config import Parser
+from trainer.entry import one_line_errors
 
 
 # fmt: off
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the flags; those of the trainer keep their names."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
+        PipelineArguments,
         description="Paint a file of prompts with the base model and with a trained one, from the "
         "same noise, side by side.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     flag = parser.add_argument
-    add_model_flags(flag)
     flag("--cache_dir", help="where downloads are kept")
     flag("--trained", required=True, type=Path, metavar="PATH",
          help=f"what a run left: a folder with {LORA_FILE} or pipeline/, a pipeline, a UNet, or a "
@@ -69,7 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("--mixed_precision is fp16 on a machine without a GPU; need no or bf16")
     if args.guidance is not None:
-        with refusing():
+        with about("--guidance"):
             args.guidance = read_guidance(args.guidance)
             if args.guidance.path is not None and args.guidance_scale <= 1:
                 raise ValueError("leads away from a model; need a --guidance_scale above 1 with it")
@@ -78,13 +79,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 @contextmanager
-def refusing() -> Iterator[None]:
-    """Say what is wrong with --guidance in a line, and exit with 2, as argparse does."""
+def about(flag: str) -> Iterator[None]:
+    """Name the flag in a ValueError about its value."""
     try:
         yield
     except ValueError as error:
-        print(f"generate.py: error: --guidance {error}", file=sys.stderr)
-        sys.exit(2)
+        raise ValueError(f"{flag} {error}") from error
 
 
 def load_base(args: argparse.Namespace, device: torch.device) -> StableDiffusionXLPipeline:
@@ -143,14 +143,14 @@ def main(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = load_base(args, device)
     if args.guidance is not None:
-        with refusing():
+        with about("--guidance"):
             check_prediction(pipeline, trained, args.guidance)
     pictures = {"base": paint(args, pipeline, prompts)}  # before a LoRA is there
     base = pipeline.unet if args.guidance is not None and not trained.is_file() else None
     install(pipeline, trained)
     pictures["trained"] = paint(args, pipeline, prompts)
     if args.guidance is not None:
-        with refusing():
+        with about("--guidance"):
             guidance = make_guidance(args.guidance, pipeline, trained, base)
             with guidance.applied(pipeline):
                 pass  # whether it can be
@@ -164,4 +164,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors():
+        main(parse_args())

@@ -30,6 +30,8 @@ LABEL_WIDTH = 220
 
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a text file: one a line, empty lines left out."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; need a text file with one prompt a line")
     prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers.optimization import Adafactor
 
 from checkpoints import written_aside
 from lora_files import write_lora
@@ -80,18 +81,19 @@ def without_adapters(*models: torch.nn.Module) -> Iterator[torch.nn.Module]:
 def make_optimizer(
     args: argparse.Namespace, parameters: list[torch.nn.Parameter], learning_rate: float
 ) -> torch.optim.Optimizer:
-    """AdamW: fused, or with 8-bit states of bitsandbytes."""
-    settings: dict[str, Any] = {
-        "lr": learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "weight_decay": args.adam_weight_decay,
-        "eps": args.adam_epsilon,
-    }
-    if args.use_8bit_adam:
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise ValueError(f"--use_8bit_adam needs bitsandbytes: {error}") from error
+    """The optimizer that --optimizer names."""
+    settings: dict[str, Any] = {"lr": learning_rate, "weight_decay": args.adam_weight_decay}
+    if args.optimizer == "adafactor":
+        # As in Diffusion-DPO's recipe for SDXL: the learning rate as given, and no rate of its own.
+        return Adafactor(parameters, scale_parameter=False, relative_step=False, **settings)
+    settings |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy(parameters, use_bias_correction=True, safeguard_warmup=True, **settings)
+    if args.optimizer == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
         return AdamW8bit(parameters, **settings)
     fused = {p.device.type for p in parameters} <= {"cpu", "cuda", "xpu"}
     return torch.optim.AdamW(parameters, fused=fused, **settings)
@@ -139,6 +141,9 @@ def check_sharding(args: argparse.Namespace, accelerator: Accelerator) -> None:
             if getattr(args, flag):
                 raise ValueError(f"--{flag} came with {kind.value}; need one process, or DDP "
                                  "(examples/accelerate/ddp.yaml)")  # fmt: skip
+        if args.optimizer in ("adafactor", "prodigy"):
+            raise ValueError(f"--optimizer {args.optimizer} came with {kind.value}; need adamw, or "
+                             "one process or DDP (examples/accelerate/ddp.yaml)")  # fmt: skip
     if kind == DistributedType.DEEPSPEED:
         if args.mixed_precision == "fp16":
             raise ValueError("--mixed_precision is fp16 with DeepSpeed; need bf16 or no")

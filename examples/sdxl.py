@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,18 +18,6 @@ from objectives import INVERSIONS, inversion_options
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 VAE_BATCH = 4  # images that the VAE sees at a time: at 1024 x 1024 each takes gigabytes
 VAE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-# fmt: off
-def add_model_flags(flag: Callable[..., argparse.Action]) -> None:
-    """Declare the flags that say where a pipeline comes from."""
-    flag("--pretrained_model_name_or_path", required=True, metavar="NAME",
-         help="the base, an SDXL-format pipeline: a hub name or a local folder")
-    flag("--pretrained_vae_model_name_or_path", metavar="NAME",
-         help="another VAE: a hub name or a local folder")
-    flag("--revision", help="revision of the model on the hub")
-    flag("--variant", help="variant of the model files, such as fp16")
-# fmt: on
 
 
 class Encoders(NamedTuple):

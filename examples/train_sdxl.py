@@ -14,7 +14,6 @@ from __future__ import annotations
 import startup  # noqa: F401 - before torch
 
 # isort: split
-import argparse
 import copy
 import functools
 import itertools
@@ -49,7 +48,7 @@ from checkpoints import (
     written_aside,
 )
 from curves import plot_curves, read_metrics, truncate_metrics
-from flags import check_resolutions, parse_args
+from flags import TrainingArguments, parse_args, save_args
 from heldout import HeldOut
 from journal import Journal
 from latent_cache import release
@@ -95,16 +94,18 @@ from sdxl import (
     side_factor,
 )
 from stopping import Stop
+from trainer.checks import check_resolutions
+from trainer.entry import one_line_errors
 from watching import Watch
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: TrainingArguments) -> None:
     """Train, and leave checkpoints, metrics, curves and the result in `args.output_dir`."""
     with Stop(Path(args.output_dir)) as stop:
         train(args, stop)
 
 
-def train(args: argparse.Namespace, stop: Stop) -> None:
+def train(args: TrainingArguments, stop: Stop) -> None:
     """The run itself, which `stop` may end before its last step."""
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
@@ -122,6 +123,7 @@ def train(args: argparse.Namespace, stop: Stop) -> None:
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(output_dir)
+        save_args(args, output_dir)
     accelerator.wait_for_everyone()
 
     # Data.
@@ -409,11 +411,12 @@ def train(args: argparse.Namespace, stop: Stop) -> None:
             heldout_path=watch.rows_path, repo_id=args.hub_model_id,
         )  # fmt: skip
         print(f"step {journal.step}: the result is in {result}, the curves in {curves}")
-        if args.push_to_hub:
+        if args.push_to_hub and args.hub_model_id:
             url = push(result, files, args.hub_model_id, private=args.hub_private_repo)
             print(f"pushed to {url}")
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors():
+        main(parse_args())
