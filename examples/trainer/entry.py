@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 PACKAGES = ("fastpref", "fastpref_kernels")
+LOADERS = ("diffusers", "transformers")  # they raise OSErrors for models that cannot be loaded
 PATIENCE = 3.0  # seconds; launchers look after their processes several times a second
 
 
@@ -44,41 +45,49 @@ class Parser(argparse.ArgumentParser):
 def one_line_errors() -> Iterator[None]:
     """Turn an error that this project raised on purpose into one line and exit code 2.
 
-    Everything else is a bug and keeps its traceback: an error of another library, or one that
-    Python itself raised in our code.
+    So is a model that cannot be loaded. Everything else is a bug and keeps its traceback: an error
+    of another library, or one that Python itself raised in our code.
     """
     try:
         yield
-    except (ArithmeticError, FileNotFoundError, TypeError, ValueError) as error:
-        if not raised_on_purpose(error):
-            raise
-        refuse(str(error))
+    except Exception as error:
+        kinds = (ArithmeticError, OSError, TypeError, ValueError)
+        if isinstance(error, kinds) and raised_on_purpose(error):
+            refuse(str(error))
+        wait_for_first_process()
+        raise
 
 
 def raised_on_purpose(error: BaseException) -> bool:
-    """Whether the error comes from a `raise` statement in this project's own code."""
+    """Whether the error comes from a `raise` statement in this project's own code, or from one for
+    a model that cannot be loaded."""
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
     if traceback is None:
         return False
     code, module = traceback.tb_frame.f_code, traceback.tb_frame.f_globals.get("__name__", "")
-    ours = module.split(".")[0] in PACKAGES or Path(code.co_filename).is_relative_to(EXAMPLES)
-    return ours and code.co_code[traceback.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    package = module.split(".")[0]
+    ours = package in PACKAGES or Path(code.co_filename).is_relative_to(EXAMPLES)
+    unloadable = package in LOADERS and isinstance(error, OSError) and error.errno is None
+    raises = code.co_code[traceback.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return raises and (ours or unloadable)
+
+
+def wait_for_first_process() -> None:
+    """Give the first process of a machine time to fail and be the one that says why.
+
+    Its launcher then ends the others, which fail with the same error, or because they lost the
+    connection to it. One that is still running afterwards has an error of its own to report.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
+        time.sleep(PATIENCE)
 
 
 def refuse(message: str) -> NoReturn:
-    """Print one line on stderr and exit with 2, like argparse.
-
-    With several processes the first one on each machine prints. The others wait, since their
-    launcher stops them as soon as the first has failed with the same error. One that is still
-    running after that has an error of its own, and prints it.
-    """
-    place = os.environ.get("LOCAL_RANK", "0")
-    if place != "0":
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
-        time.sleep(PATIENCE)
-        message = f"process {place}: {message}"
+    """Print one line on stderr and exit with 2, like argparse."""
+    wait_for_first_process()
     name = os.path.basename(sys.argv[0])
     print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     if "LOCAL_RANK" in os.environ:
