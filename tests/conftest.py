@@ -30,10 +30,11 @@ TRAINER = (
 NEEDS = {
     **dict.fromkeys(
         (
-            "test_bench_step.py", "test_examples_data.py", "test_generate.py", "test_heldout.py",
-            "test_latent_cache.py", "test_lora_files.py", "test_many_processes.py",
-            "test_painting.py", "test_pair_sources.py", "test_readme.py", "test_resume_safety.py",
-            "test_signals.py", "test_train_options.py", "test_train_sdxl.py",
+            "test_args.py", "test_bench_step.py", "test_examples_data.py", "test_generate.py",
+            "test_heldout.py", "test_latent_cache.py", "test_lora_files.py",
+            "test_many_processes.py", "test_painting.py", "test_pair_sources.py", "test_readme.py",
+            "test_resume_safety.py", "test_signals.py", "test_train_options.py",
+            "test_train_sdxl.py",
         ),
         TRAINER,
     ),
