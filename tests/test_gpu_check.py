@@ -27,6 +27,14 @@ FOLDERS = ("examples", "benchmarks", "tests")  # whose modules find one another
 BARE = ("torch", "triton", "pytest", "numpy", "mpmath", "hypothesis")
 
 
+def is_ours(name: str) -> bool:
+    """Whether a name of the top level is a module, or a folder of modules, of this project."""
+    return any(
+        (ROOT / folder / f"{name}.py").exists() or any((ROOT / folder / name).glob("*.py"))
+        for folder in FOLDERS
+    )
+
+
 def imported(test_file: Path) -> set[str]:
     """Packages that importing a test file imports, through our own modules, and those that its
     fixtures do. What else a function imports does not count."""
@@ -52,14 +60,16 @@ def imported(test_file: Path) -> set[str]:
             if isinstance(node, ast.Import):
                 modules = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and not node.level:
-                modules = [node.module or ""]
+                parts = [f"{node.module}.{alias.name}" for alias in node.names]
+                modules = [node.module or "", *parts]  # a name may be a module of a folder
             else:
                 continue
-            for name in {dotted.split(".")[0] for dotted in modules}:
-                ours = [ROOT / folder / f"{name}.py" for folder in FOLDERS]
+            for dotted in modules:
+                ours = [ROOT / folder / f"{dotted.replace('.', '/')}.py" for folder in FOLDERS]
+                name = dotted.split(".")[0]
                 if module := next((each for each in ours if each.exists()), None):
                     visit(module)
-                elif name not in sys.stdlib_module_names:
+                elif name not in sys.stdlib_module_names and not is_ours(name):
                     found.add(name)
 
     visit(test_file)
