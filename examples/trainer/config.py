@@ -16,14 +16,14 @@ from transformers.hf_argparser import string_to_bool
 from trainer import entry
 
 REQUIRED = dataclasses.MISSING
-KINDS = {int: "a whole number", float: "a number"}
+KINDS: dict[Any, str] = {int: "a whole number", float: "a number", string_to_bool: "true or false"}
 NULL, SEQUENCE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:seq"
 
 
 def arg(default: Any, help: str, **more: Any) -> Any:
-    """A field of an argument group, or REQUIRED as its default.
+    """A field of an argument group; without a default it is REQUIRED.
 
-    `more` goes to argparse: metavar, choices. A tuple of metavars fixes the number of values.
+    `more` goes to argparse: metavar, choices. Of a list with a pair of metavars there are two.
     """
     metadata = {"help": help, **more}
     if isinstance(default, list):
@@ -44,8 +44,8 @@ class Switch(argparse.Action):
 
 
 class Parser(entry.Parser, HfArgumentParser):
-    """HfArgumentParser with switches, with a fixed number of values where the metavars say so, and
-    with help and errors that name each flag by one spelling of it."""
+    """HfArgumentParser with switches, with lists of two values, and with help and errors that name
+    each flag by one spelling of it."""
 
     def __init__(self, groups: Any = None, **options: Any) -> None:
         super().__init__(groups, **options)
@@ -65,8 +65,9 @@ class Parser(entry.Parser, HfArgumentParser):
 
     def actions(self) -> list[argparse.Action]:
         """The actions of the dataclasses' fields."""
-        fields = [field for group in self.dataclass_types for field in dataclasses.fields(group)]
-        return [a for a in self._actions if a.dest in {field.name for field in fields}]
+        fields = (field for group in self.dataclass_types for field in dataclasses.fields(group))
+        names = {field.name for field in fields}
+        return [action for action in self._actions if action.dest in names]
 
     def parse(self, argv: list[str] | None = None) -> dict[str, Any]:
         """The values of all fields: from the command line, else from the file that --config names,
@@ -131,20 +132,21 @@ def value_of(action: argparse.Action, node: yaml.Node, where: str) -> Any:
 
     nodes = node.value if node.tag == SEQUENCE else [node]
     texts = [each.value for each in nodes if isinstance(each, yaml.ScalarNode)]
-    count = action.nargs if isinstance(action.nargs, int) else None
-    if isinstance(action, Switch) or action.nargs is None:
-        if node.tag == SEQUENCE or len(texts) != 1:
-            refuse("one value")
-    elif not texts or len(texts) != len(nodes) or count not in (None, len(texts)):
-        refuse(f"a list of {count or 'one or more'} values")
+    single, count = action.nargs in (None, 0), action.nargs
+    if single and (node.tag == SEQUENCE or not texts):
+        refuse("one value")
+    if not texts or len(texts) != len(nodes):
+        refuse("a list of values")
+    if isinstance(count, int) and count > 1 and len(texts) != count:
+        refuse(f"a list of {count} values")
     kind: Any = string_to_bool if isinstance(action, Switch) else action.type
     try:
         if kind is float:
             texts = [text.replace(".inf", "inf") for text in texts]  # YAML's spelling
         values = [kind(text) for text in texts]
     except (ValueError, argparse.ArgumentTypeError):
-        refuse("true or false" if isinstance(action, Switch) else KINDS.get(kind, "another value"))
+        refuse(KINDS.get(kind, "another value"))
     for value in values:
         if action.choices is not None and value not in action.choices:
             refuse(f"one of {', '.join(map(str, action.choices))}")
-    return values[0] if isinstance(action, Switch) or action.nargs is None else values
+    return values[0] if single else values
