@@ -233,8 +233,8 @@ def parse_args(argv: list[str] | None = None) -> TrainingArguments:
         "loss's own.",
     )
     args = TrainingArguments(**parser.parse(argv))
-    if args.use_8bit_adam and args.optimizer == "adamw":
-        args.optimizer = "adamw_8bit"
+    if args.use_8bit_adam and args.optimizer in ("adamw", "adamw_8bit"):
+        args.optimizer, args.use_8bit_adam = "adamw_8bit", False  # kept under one name
     args.output_dir = args.output_dir or f"sdxl-{args.loss}"
     prompts = args.validation_prompts
     if prompts and os.path.isfile(prompts[0]):  # for which a long prompt is no error

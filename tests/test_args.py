@@ -134,6 +134,13 @@ def test_a_choice_that_cannot_work_is_refused(
         parse(*words.split())
 
 
+def test_8_bits_have_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.checks.PACKAGES", {})
+    for words in (["--use_8bit_adam"], ["--use_8bit_adam", "--optimizer", "adamw_8bit"]):
+        args = parse(*words)
+        assert (args.optimizer, args.use_8bit_adam) == ("adamw_8bit", False)
+
+
 def test_a_long_prompt_is_no_path() -> None:
     assert parse("--validation_prompts", "cat " * 300).validation_prompts == ["cat " * 300]
 

@@ -74,7 +74,7 @@ def check_args(args: Any) -> None:
 
 def check_optimizer(args: Any) -> None:
     """Raise a ValueError for an optimizer that is not installed, or for what it does not take."""
-    if args.use_8bit_adam and args.optimizer != "adamw_8bit":
+    if args.use_8bit_adam:  # which goes with adamw_8bit alone
         raise ValueError(f"--use_8bit_adam came with --optimizer {args.optimizer}; need adamw_8bit")
     package = PACKAGES.get(args.optimizer)
     if package and importlib.util.find_spec(package) is None:
