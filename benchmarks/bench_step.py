@@ -62,12 +62,11 @@ if not LACKING:
     from accelerate import Accelerator
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-    from transformers.optimization import Adafactor
 
     from toy.tiny import tiny_sdxl
     from trainer.data.batches import Collator, Draws
-    from trainer.families.family import Encoders
-    from trainer.families.loading import DTYPES, VAE_DTYPES, frozen_copy
+    from trainer.families.family import DTYPES, VAE_DTYPES, Encoders
+    from trainer.families.loading import frozen_copy
     from trainer.families.sdxl import SDXL
     from trainer.lora import add_lora, trainable
     from trainer.losses import objective_of
@@ -216,14 +215,15 @@ class Job(NamedTuple):
 
 def optimizer_of(way: Way, args: argparse.Namespace, parameters: list[torch.nn.Parameter]) -> Any:
     """The trainer's; or, as the papers' scripts make it, one that is not fused."""
-    if not way.papers or args.papers_optimizer == "8bit":
-        asked = argparse.Namespace(**vars(args))
-        asked.use_8bit_adam = way.papers or args.use_8bit_adam
-        return make_optimizer(asked, parameters, args.learning_rate)
-    settings = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
-    if args.papers_optimizer == "adafactor":
-        return Adafactor(parameters, scale_parameter=False, relative_step=False, **settings)
-    return torch.optim.AdamW(parameters, **settings)
+    if way.papers and args.papers_optimizer == "adamw":
+        return torch.optim.AdamW(
+            parameters, lr=args.learning_rate, weight_decay=args.adam_weight_decay
+        )
+    asked: Any = argparse.Namespace(**vars(args))
+    asked.optimizer = "adamw_8bit" if args.use_8bit_adam else "adamw"
+    if way.papers:
+        asked.optimizer = {"8bit": "adamw_8bit"}.get(args.papers_optimizer, "adafactor")
+    return make_optimizer(asked, parameters, args.learning_rate)
 
 
 def optimizer_name(way: Way, args: argparse.Namespace) -> str:
@@ -256,7 +256,8 @@ def prepare(way: Way, args: argparse.Namespace) -> tuple[Job, dict[str, Any]]:
     frozen = None
     if way.trained == "lora":
         unet.to(DEVICE, dtype)
-        add_lora(args, SDXL, unet)
+        lora: Any = args
+        add_lora(lora, SDXL, unet)
     elif way.loss == "dpo":
         frozen = frozen_copy(unet, dtype)
         if way.papers:

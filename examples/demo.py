@@ -20,6 +20,7 @@ from toy.model import SIZE, make_model
 from toy.photo_pairs import write_photo_pairs
 from trainer.args import parse_args as parse_training_args
 from trainer.data.sources import load_pairs
+from trainer.entry import Parser, one_line_errors
 from trainer.evaluate import score_pairs
 from trainer.families.all import FAMILIES
 from trainer.families.family import Family
@@ -27,10 +28,9 @@ from trainer.families.family import Family
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the flags; the defaults are the demo."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Align a small model on pairs of real photographs, on a CPU and offline. "
         "Interrupted and started again, it goes on from where it was.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     flag = parser.add_argument
     flag("--output_dir", default="demo", help="everything is left here; remove it to start afresh")
@@ -81,7 +81,9 @@ def train(
     argv = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     pipeline = output_dir / "pipeline"
     if not pipeline.exists():
-        trainer.loop.main(parse_training_args([*argv, *flags]), FAMILIES[args.family])
+        trainer.loop.main(
+            parse_training_args([*argv, *flags], FAMILIES[args.family]), FAMILIES[args.family]
+        )
     return pipeline
 
 
@@ -148,4 +150,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors():
+        main(parse_args())

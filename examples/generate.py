@@ -12,7 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 from trainer import startup  # noqa: F401 - before torch
-from trainer.args import add_model_flags
+from trainer.args import PipelineArguments, read_prompts
+from trainer.config import Parser
+from trainer.entry import one_line_errors
 from trainer.families.all import family_of
 from trainer.families.family import Family, denoiser_of, encoders_of
 from trainer.families.loading import load_pipeline, read_config
@@ -20,7 +22,6 @@ from trainer.sampling import PromptSampler
 
 # isort: split
 import argparse
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -30,7 +31,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 
 from trainer.export import LORA_FILE
-from trainer.families.loading import DTYPES
+from trainer.families.family import DTYPES
 from trainer.guidance import (
     HELP,
     TRAINED,
@@ -43,19 +44,17 @@ from trainer.guidance import (
     scheduler_config,
 )
 from trainer.plots import write_grid, write_image
-from trainer.sampling import read_prompts
 
 
 # fmt: off
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the flags; those of the trainer keep their names."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
+        PipelineArguments,
         description="Paint a file of prompts with the base model and with a trained one, from the "
         "same noise, side by side.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     flag = parser.add_argument
-    add_model_flags(flag)
     flag("--cache_dir", help="where downloads are kept")
     flag("--trained", required=True, type=Path, metavar="PATH",
          help=f"what a run left: a folder with {LORA_FILE} or pipeline/, a pipeline, a UNet, or a "
@@ -77,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("--mixed_precision is fp16 on a machine without a GPU; need no or bf16")
     if args.guidance is not None:
-        with refusing():
+        with about("--guidance"):
             args.guidance = read_guidance(args.guidance)
             if args.guidance.path is not None and args.guidance_scale <= 1:
                 raise ValueError("leads away from a model; need a --guidance_scale above 1 with it")
@@ -86,13 +85,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 @contextmanager
-def refusing() -> Iterator[None]:
-    """Say what is wrong with --guidance in a line, and exit with 2, as argparse does."""
+def about(flag: str) -> Iterator[None]:
+    """Name the flag in a ValueError about its value."""
     try:
         yield
     except ValueError as error:
-        print(f"generate.py: error: --guidance {error}", file=sys.stderr)
-        sys.exit(2)
+        raise ValueError(f"{flag} {error}") from error
 
 
 def load_base(args: argparse.Namespace, device: torch.device) -> tuple[Family, Any]:
@@ -150,7 +148,7 @@ def main(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     family, pipeline = load_base(args, device)
     if args.guidance is not None:
-        with refusing():
+        with about("--guidance"):
             check_prediction(pipeline, trained, args.guidance)
     pictures = {"base": sample(args, family, pipeline, prompts)}  # before a LoRA is there
     full = not trained.is_file()
@@ -158,7 +156,7 @@ def main(args: argparse.Namespace) -> None:
     install(family, pipeline, trained)
     pictures["trained"] = sample(args, family, pipeline, prompts)
     if args.guidance is not None:
-        with refusing():
+        with about("--guidance"):
             guidance = make_guidance(args.guidance, family, pipeline, trained, base)
             with guidance.applied(pipeline):
                 pass  # whether it can be
@@ -172,4 +170,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors():
+        main(parse_args())

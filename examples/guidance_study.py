@@ -5,7 +5,6 @@ python examples/guidance_study.py --output_dir study    # 3 aligned models x 3 s
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import os
@@ -31,6 +30,7 @@ from study.figures import COLORS, in_decimals, save, tidy
 from study.judge import assess
 from study.methods import DPO, Method, choose, read_trials
 from study.runs import Run, World, align, load_world, make_base, make_judge
+from trainer.entry import Parser, one_line_errors
 from trainer.files import write_whole
 
 STEPS = 25  # of DDIM
@@ -224,9 +224,8 @@ def draw(axes: Axes, shown: dict[tuple[str, str], Group], name: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Paint with the study's models, guided by two of them at once.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     flag = parser.add_argument
     flag("--output_dir", type=Path, default=Path("study"), help="for guidance.csv and .png")
@@ -258,4 +257,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with one_line_errors():
+        sys.exit(main())

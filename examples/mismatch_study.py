@@ -30,6 +30,7 @@ from study.digits import STYLES
 from study.figures import plot_gallery, plot_study
 from study.methods import GALLERY, MAIN, METHODS, TUNING_CSV, choose, describe, read_trials
 from study.runs import Run, World, execute, load_world, make_base, make_judge
+from trainer.entry import Parser, one_line_errors
 from trainer.files import write_whole
 
 FIELDS = (
@@ -51,10 +52,9 @@ SPEED = {
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the flags; the defaults are `make study`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Align a small diffusion model of digits by each loss, and see which one works "
         "as what is preferred lies further from what the model knows.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     flag = parser.add_argument
     flag("--output_dir", type=Path, default=Path("study"), help="for results, figures and runs/")
@@ -205,4 +205,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with one_line_errors():
+        sys.exit(main())

@@ -13,8 +13,10 @@ from trainer import startup  # noqa: F401 - before torch
 
 # isort: split
 from trainer.args import parse_args
+from trainer.entry import one_line_errors
 from trainer.families.sdxl import SDXL
 from trainer.loop import main
 
 if __name__ == "__main__":
-    main(parse_args(), SDXL)
+    with one_line_errors():
+        main(parse_args(family=SDXL), SDXL)

@@ -1,280 +1,267 @@
-"""The trainer's flags: names, defaults, and which values cannot mean anything."""
+"""The trainer's arguments: names, defaults and help, in groups."""
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import yaml
 from diffusers.optimization import SchedulerType
 
-from trainer.families.loading import DTYPES, VAE_DTYPES
-from trainer.losses import Objective, add_inversion_flags, add_loss_flags, inversion_options
-from trainer.sampling import read_prompts
+from trainer.checks import check_args
+from trainer.config import REQUIRED, Parser, arg
+from trainer.families.family import DTYPES, VAE_DTYPES, Family
+from trainer.families.sdxl import SDXL
+from trainer.files import write_whole
+from trainer.losses import InversionArguments, LossArguments
+
+ARGS_FILE = "args.yaml"
+OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "prodigy")
+SCHEDULES = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
+TRACKER = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
 
 
 # fmt: off
-def add_model_flags(flag: Callable[..., argparse.Action]) -> None:
-    """Declare the flags that say where a pipeline comes from."""
-    flag("--pretrained_model_name_or_path", required=True, metavar="NAME",
-         help="the base, an SDXL-format pipeline: a hub name or a local folder")
-    flag("--pretrained_vae_model_name_or_path", metavar="NAME",
-         help="another VAE: a hub name or a local folder")
-    flag("--revision", help="revision of the model on the hub")
-    flag("--variant", help="variant of the model files, such as fp16")
+@dataclass(kw_only=True)
+class PipelineArguments:
+    """Where a pipeline comes from."""
+
+    _argument_group_name = "model"
+    pretrained_model_name_or_path: str = arg(REQUIRED, metavar="NAME",
+        help="the base, a pipeline: a hub name or a local folder")
+    pretrained_vae_model_name_or_path: str | None = arg(None, metavar="NAME",
+        help="another VAE: a hub name or a local folder")
+    revision: str | None = arg(None, help="revision of the model on the hub")
+    variant: str | None = arg(None, help="variant of the model files, such as fp16")
+
+
+@dataclass(kw_only=True)
+class ModelArguments(PipelineArguments):
+    """The model, and what of it is trained."""
+
+    _argument_group_name = "model"
+    cache_dir: str | None = arg(None, help="where downloads and prepared data sets are kept")
+    prediction_type: str | None = arg(None, choices=["epsilon", "v_prediction"],
+        help="what the UNet of SD1.5, 2.x or SDXL predicts; by default what its scheduler says")
+    lora_rank: int | None = arg(None, metavar="R",
+        help="train adapters of this rank instead of the whole denoiser; they are also their own "
+        "reference: the model without them")
+    lora_alpha: float | None = arg(None, metavar="A", help="scale of the adapters times R [R]")
+    train_text_encoder: bool = arg(False,
+        help="adapters for the CLIP text encoders too; needs --lora_rank")
+    use_ema: bool = arg(False,
+        help="keep a moving average of what is trained, and save and show that")
+    ema_decay: float = arg(0.9999, help="of the moving average, at the most")
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    """The pairs, and what is cut out of their images."""
+
+    _argument_group_name = "data"
+    dataset_name: str = arg(REQUIRED, metavar="NAME",
+        help="pairs: a hub name, a parquet file or a folder of them, in Pick-a-Pic's columns; a "
+        "folder with w/ and l/ and captions; or a .jsonl or .csv of winner, loser, caption")
+    dataset_split_name: str = arg("train", metavar="SPLIT", help="the split to train on")
+    image_columns: list[str] = arg(["jpg_0", "jpg_1"], metavar=("IMAGE_0", "IMAGE_1"),
+        help="columns with the images: bytes, an Image feature, or paths")
+    label_column: str = arg("label_0", metavar="LABEL",
+        help="column that is 1 where image 0 wins, 0 where it loses, 0.5 where nobody does")
+    caption_column: str = arg("caption", metavar="CAPTION", help="column with the captions")
+    ties: str = arg("drop", choices=["drop", "coin", "keep"],
+        help="pairs without a winner: leave them out; toss for it, once for the run; or count "
+        "image 0 as the winner, as diffusers' scripts do")
+    streaming: bool = arg(False,
+        help="read the pairs as they come, for sets that do not fit on the disk")
+    max_refused: float = arg(0.01, metavar="P",
+        help="share of pairs that may have an image that cannot be used; above it, nothing is "
+        "trained. Such pairs are left out, counted, and listed in refused.txt")
+    check_data: bool = arg(False,
+        help="read all pairs, print what is there and what is wrong with it, draw a sheet of "
+        "samples, and train nothing")
+    latent_cache: str | None = arg(None, metavar="DIR",
+        help="compute the latents' moments and the captions' embeddings once, keep them in DIR, "
+        "and train without the VAE and the text encoders")
+    latent_cache_dtype: str = arg("fp16", choices=list(VAE_DTYPES), help="of what is kept there")
+    loser_caption_column: str | None = arg(None, metavar="CAPTION",
+        help="column with the loser's own caption (DCPO); by default the pair shares its caption")
+    max_train_samples: int | None = arg(None, metavar="N", help="use the first N pairs only")
+    resolution: list[int] = arg(None, metavar="SIDE",
+        help="images are resized to cover a square of this side, keeping the aspect, and the "
+        "square is cut (MaPO); of several, a pair gets the largest that enlarges neither "
+        "image, and grids are sampled at the first [1024; SD1.5 512]")
+    aspect_buckets: bool = arg(False,
+        help="cut a rectangle of about the same area that is nearest to the pair's aspects, "
+        "instead of a square; a batch holds pairs of one rectangle")
+    random_crop: bool = arg(False,
+        help="cut at random, at the same relative place in both images, not in the centre")
+    random_flip: bool = arg(True, help="mirror half of the pairs (MaPO)")
+    proportion_empty_prompts: float = arg(0.0, metavar="P",
+        help="share of pairs whose captions are replaced by the empty one")
+    label_noise_prob: float = arg(0.0, metavar="P",
+        help="share of pairs whose label is flipped; 0.5 is the shuffled control")
+    dataloader_num_workers: int = arg(0, metavar="N",
+        help="processes that prepare images; they do not change the result")
+
+
+@dataclass(kw_only=True)
+class OptimizationArguments:
+    """The optimizer, its schedule and the length of the run."""
+
+    _argument_group_name = "optimization"
+    train_batch_size: int = arg(8, metavar="PAIRS", help="per device (MaPO)")
+    gradient_accumulation_steps: int = arg(2, metavar="N", help="batches per optimizer step (MaPO)")
+    max_train_steps: int | None = arg(None, metavar="N",
+        help="optimizer steps; overrides --num_train_epochs [2000 if neither is given (MaPO)]")
+    num_train_epochs: int | None = arg(None, metavar="N", help="passes over the data")
+    learning_rate: float = arg(1e-5, help="after warm-up (MaPO)")
+    scale_lr: bool = arg(False,
+        help="multiply the learning rate by the pairs in an optimizer step, over all devices")
+    lr_scheduler: str = arg("constant", choices=SCHEDULES, metavar="KIND",
+        help="a schedule of diffusers.optimization, such as constant, constant_with_warmup, "
+        "linear or cosine (MaPO)")
+    lr_warmup_steps: int = arg(0, metavar="N", help="for the schedules that have a warm-up (MaPO)")
+    optimizer: str = arg("adamw", choices=OPTIMIZERS,
+        help="adamw is fused; adamw_8bit keeps its states in 8 bits (bitsandbytes); adafactor "
+        "keeps hardly any; prodigy finds the learning rate, and --learning_rate is a factor on it, "
+        "by convention 1 (prodigyopt)")
+    use_8bit_adam: bool = arg(False, help="the same as --optimizer adamw_8bit")
+    adam_beta1: float = arg(0.9, help="of AdamW and Prodigy")
+    adam_beta2: float = arg(0.999, help="of AdamW and Prodigy")
+    adam_weight_decay: float = arg(1e-2, help="of all optimizers")
+    adam_epsilon: float = arg(1e-8, help="of AdamW and Prodigy")
+    max_grad_norm: float = arg(1.0, help="gradients are clipped to it (MaPO)")
+    max_bad_steps: int = arg(10, metavar="N",
+        help="stop, with a checkpoint, when the loss or gradients were not finite N steps in a "
+        "row; each such step is skipped and counted")
+    seed: int = arg(0, help="the same seed gives the same run")
+
+
+@dataclass(kw_only=True)
+class MemoryArguments:
+    """What saves memory and time."""
+
+    _argument_group_name = "memory and precision"
+    mixed_precision: str = arg(None, choices=list(DTYPES),
+        help="of the computation, and of all that is frozen; what learns stays fp32 (MaPO used "
+        "fp16) [what accelerate is configured for]")
+    vae_dtype: str = arg("fp32", choices=list(VAE_DTYPES), help="SDXL's own VAE overflows in fp16")
+    gradient_checkpointing: bool = arg(False,
+        help="compute activations twice to store fewer (MaPO used it)")
+    allow_tf32: bool = arg(False,
+        help="fp32 matrix products in TF32, on GPUs that have it; convolutions are by PyTorch's "
+        "own default")
+    torch_compile: bool = arg(False,
+        help="compile the denoiser's blocks; worth its minute from some hundred steps on")
+
+
+@dataclass(kw_only=True)
+class MonitoringArguments:
+    """Held-out pairs and validation prompts."""
+
+    _argument_group_name = "monitoring"
+    eval_dataset_name: str | None = arg(None, metavar="NAME",
+        help="held-out pairs, as --dataset_name; scored with fixed noise and timesteps")
+    eval_split_name: str | None = arg(None, metavar="SPLIT",
+        help="held-out split, of --dataset_name where no --eval_dataset_name comes [validation]")
+    max_eval_samples: int = arg(256, metavar="N", help="score the first N only")
+    eval_steps: int = arg(250, metavar="N",
+        help="optimizer steps between two scores of the held-out pairs")
+    validation_prompts: list[str] | None = arg(None, metavar="PROMPT",
+        help="prompts, or a text file with one per line, sampled from the base and the model at "
+        "the start, every --validation_steps and at the end, into validation/")
+    validation_steps: int = arg(500, metavar="N", help="steps between two grids")
+    validation_inference_steps: int = arg(30, metavar="N", help="of the sampler")
+    validation_guidance_scale: float = arg(5.0, help="of the sampler")
+
+
+@dataclass(kw_only=True)
+class OutputArguments:
+    """What a run leaves, and where."""
+
+    _argument_group_name = "output"
+    output_dir: str = arg(None, metavar="DIR",
+        help="for checkpoint-*, pipeline, metrics.jsonl, curves.png and logs [FAMILY-LOSS]")
+    checkpointing_steps: int = arg(500, metavar="N",
+        help="optimizer steps between checkpoints (MaPO)")
+    checkpoints_total_limit: int | None = arg(None, metavar="N",
+        help="keep the last N; one more exists while it is being written")
+    resume_from_checkpoint: str | None = arg(None, metavar="PATH",
+        help='a checkpoint, or "latest": the last whole one, or a fresh start where there is none')
+    log_every: int = arg(10, metavar="N",
+        help="steps between two reads of the metrics from the device; every step is logged")
+    push_to_hub: bool = arg(False, help="upload the result and its card at the end")
+    hub_model_id: str | None = arg(None, metavar="USER/NAME",
+        help="where to; needed with --push_to_hub")
+    hub_private_repo: bool | None = arg(None,
+        help="upload into a private repository; without the flag, a new one is what your "
+        "account's settings say, which is public unless you changed them")
+    hub_token: str | None = arg(None, metavar="TOKEN",
+        help="the token to upload with, instead of HF_TOKEN or the one that `hf auth login` "
+        "stored; other programs on this machine can see it in the command line")
+    report_to: str = arg(TRACKER, help="tracker of accelerate: tensorboard, wandb, ... or none")
+
+
 # fmt: on
+# Dataclasses take the fields of their last base first.
+@dataclass(kw_only=True)
+class TrainingArguments(
+    OutputArguments,
+    MonitoringArguments,
+    MemoryArguments,
+    OptimizationArguments,
+    InversionArguments,
+    LossArguments,
+    DataArguments,
+    ModelArguments,
+):
+    """All arguments of a run, in one object."""
 
 
-# fmt: off
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the flags; those of diffusers' training examples keep their names."""
-    tensorboard = importlib.util.find_spec("tensorboard") is not None
-    parser = argparse.ArgumentParser(
-        description="Align SDXL on preference pairs: the whole UNet, or adapters (--lora_rank). "
+def parse_args(argv: list[str] | None = None, family: Family = SDXL) -> TrainingArguments:
+    """Read the command line of a family's trainer, and the file that its --config names.
+
+    Raises a ValueError for a value that cannot mean anything; exits with 2 for a flag that argparse
+    refuses.
+    """
+    parser = Parser(
+        TrainingArguments.__bases__[::-1],
+        description=f"Align a {family.pipeline.__name__} on preference pairs: its whole "
+        f"{family.denoiser}, or adapters (--lora_rank). "
         "Defaults marked MaPO are those of that method's published SDXL recipe; in brackets, a "
         "loss's own.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    flag = parser.add_argument_group("model").add_argument
-    add_model_flags(flag)
-    flag("--cache_dir", help="where downloads and prepared data sets are kept")
-    flag("--prediction_type", choices=["epsilon", "v_prediction"],
-         help="what the UNet predicts; by default what the model's scheduler says")
-    flag("--lora_rank", type=int, metavar="R",
-         help="train adapters of this rank instead of the whole UNet; they are also their own "
-         "reference: the model without them")
-    flag("--lora_alpha", type=float, metavar="A", help="scale of the adapters times R [R]")
-    flag("--train_text_encoder", action=argparse.BooleanOptionalAction, default=False,
-         help="adapters for both text encoders too; needs --lora_rank")
-    flag("--use_ema", action=argparse.BooleanOptionalAction, default=False,
-         help="keep a moving average of what is trained, and save and show that")
-    flag("--ema_decay", type=float, default=0.9999, help="of the moving average, at the most")
-
-    flag = parser.add_argument_group("data").add_argument
-    flag("--dataset_name", required=True, metavar="NAME",
-         help="pairs: a hub name, a parquet file or a folder of them, in Pick-a-Pic's columns; a "
-         "folder with w/ and l/ and captions; or a .jsonl or .csv of winner, loser, caption")
-    flag("--dataset_split_name", default="train", metavar="SPLIT", help="the split to train on")
-    flag("--image_columns", nargs=2, default=["jpg_0", "jpg_1"], metavar=("IMAGE_0", "IMAGE_1"),
-         help="columns with the images: bytes, an Image feature, or paths")
-    flag("--label_column", default="label_0", metavar="LABEL",
-         help="column that is 1 where image 0 wins, 0 where it loses, 0.5 where nobody does")
-    flag("--caption_column", default="caption", metavar="CAPTION", help="column with the captions")
-    flag("--ties", choices=["drop", "coin", "keep"], default="drop",
-         help="pairs without a winner: leave them out; toss for it, once for the run; or count "
-         "image 0 as the winner, as diffusers' scripts do")
-    flag("--streaming", action=argparse.BooleanOptionalAction, default=False,
-         help="read the pairs as they come, for sets that do not fit on the disk")
-    flag("--max_refused", type=float, default=0.01, metavar="P",
-         help="share of pairs that may have an image that cannot be used; above it, nothing is "
-         "trained. Such pairs are left out, counted, and listed in refused.txt")
-    flag("--check_data", action="store_true",
-         help="read all pairs, print what is there and what is wrong with it, draw a sheet of "
-         "samples, and train nothing")
-    flag("--latent_cache", metavar="DIR",
-         help="compute the latents' moments and the captions' embeddings once, keep them in DIR, "
-         "and train without the VAE and the text encoders")
-    flag("--latent_cache_dtype", choices=list(VAE_DTYPES), default="fp16",
-         help="of what is kept there")
-    flag("--loser_caption_column", metavar="CAPTION",
-         help="column with the loser's own caption (DCPO); by default the pair shares its caption")
-    flag("--max_train_samples", type=int, metavar="N", help="use the first N pairs only")
-    flag("--resolution", type=int, nargs="+", default=[1024], metavar="SIDE",
-         help="images are resized to cover a square of this side, keeping the aspect, and the "
-         "square is cut (MaPO); of several, a pair gets the largest that enlarges neither image, "
-         "and grids are painted at the first")
-    flag("--aspect_buckets", action=argparse.BooleanOptionalAction, default=False,
-         help="cut a rectangle of about the same area that is nearest to the pair's aspects, "
-         "instead of a square; a batch holds pairs of one rectangle")
-    flag("--random_crop", action=argparse.BooleanOptionalAction, default=False,
-         help="cut at random, at the same relative place in both images, not in the centre")
-    flag("--random_flip", action=argparse.BooleanOptionalAction, default=True,
-         help="mirror half of the pairs (MaPO)")
-    flag("--proportion_empty_prompts", type=float, default=0.0, metavar="P",
-         help="share of pairs whose captions are replaced by the empty one")
-    flag("--label_noise_prob", type=float, default=0.0, metavar="P",
-         help="share of pairs whose label is flipped; 0.5 is the shuffled control")
-    flag("--dataloader_num_workers", type=int, default=0, metavar="N",
-         help="processes that prepare images; they do not change the result")
-
-    flag = parser.add_argument_group("loss").add_argument
-    add_loss_flags(flag)
-    flag("--snr_gamma", type=float, metavar="GAMMA",
-         help="weigh errors by min(SNR, GAMMA) / SNR, or / (SNR + 1) for v prediction; 5 is usual")
-    add_inversion_flags(parser.add_argument_group("inversion").add_argument)
-
-    flag = parser.add_argument_group("optimization").add_argument
-    flag("--train_batch_size", type=int, default=8, metavar="PAIRS", help="per device (MaPO)")
-    flag("--gradient_accumulation_steps", type=int, default=2, metavar="N",
-         help="batches per optimizer step (MaPO)")
-    flag("--max_train_steps", type=int, metavar="N",
-         help="optimizer steps; overrides --num_train_epochs [2000 if neither is given (MaPO)]")
-    flag("--num_train_epochs", type=int, metavar="N", help="passes over the data")
-    flag("--learning_rate", type=float, default=1e-5, help="after warm-up (MaPO)")
-    flag("--scale_lr", action=argparse.BooleanOptionalAction, default=False,
-         help="multiply the learning rate by the pairs in an optimizer step, over all devices")
-    flag("--lr_scheduler", choices=[kind.value for kind in SchedulerType], default="constant",
-         metavar="KIND",
-         help="a schedule of diffusers.optimization, such as constant, constant_with_warmup, "
-         "linear or cosine (MaPO)")
-    flag("--lr_warmup_steps", type=int, default=0, metavar="N",
-         help="for the schedules that have a warm-up (MaPO)")
-    flag("--adam_beta1", type=float, default=0.9, help="of AdamW")
-    flag("--adam_beta2", type=float, default=0.999, help="of AdamW")
-    flag("--adam_weight_decay", type=float, default=1e-2, help="of AdamW")
-    flag("--adam_epsilon", type=float, default=1e-8, help="of AdamW")
-    flag("--use_8bit_adam", action=argparse.BooleanOptionalAction, default=False,
-         help="keep AdamW's states in 8 bits; needs bitsandbytes")
-    flag("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to it (MaPO)")
-    flag("--max_bad_steps", type=int, default=10, metavar="N",
-         help="stop, with a checkpoint, when the loss or gradients were not finite N steps in a "
-         "row; each such step is skipped and counted")
-    flag("--seed", type=int, default=0, help="the same seed gives the same run")
-
-    flag = parser.add_argument_group("memory and precision").add_argument
-    flag("--mixed_precision", choices=list(DTYPES),
-         help="of the computation, and of all that is frozen; what learns stays fp32 (MaPO used "
-         "fp16) [what accelerate is configured for]")
-    flag("--vae_dtype", choices=list(VAE_DTYPES), default="fp32",
-         help="SDXL's own VAE overflows in fp16")
-    flag("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False,
-         help="compute activations twice to store fewer (MaPO used it)")
-    flag("--allow_tf32", action=argparse.BooleanOptionalAction, default=False,
-         help="fp32 matrix products in TF32, on GPUs that have it; convolutions are by PyTorch's "
-         "own default")
-    flag("--torch_compile", action=argparse.BooleanOptionalAction, default=False,
-         help="compile the UNet's transformer blocks; worth its minute from some hundred steps on")
-
-    flag = parser.add_argument_group("seeing").add_argument
-    flag("--eval_dataset_name", metavar="NAME",
-         help="held-out pairs, as --dataset_name; scored with fixed noise and timesteps")
-    flag("--eval_split_name", metavar="SPLIT",
-         help="held-out split, of --dataset_name where no --eval_dataset_name comes [validation]")
-    flag("--max_eval_samples", type=int, default=256, metavar="N", help="score the first N only")
-    flag("--eval_steps", type=int, default=250, metavar="N",
-         help="optimizer steps between two scores of the held-out pairs")
-    flag("--validation_prompts", nargs="+", metavar="PROMPT",
-         help="prompts, or a text file with one per line, painted by the base and by the model at "
-         "the start, every --validation_steps and at the end, into validation/")
-    flag("--validation_steps", type=int, default=500, metavar="N", help="steps between two grids")
-    flag("--validation_inference_steps", type=int, default=30, metavar="N", help="of the sampler")
-    flag("--validation_guidance_scale", type=float, default=5.0, help="of the sampler")
-
-    flag = parser.add_argument_group("output").add_argument
-    flag("--output_dir", metavar="DIR",
-         help="for checkpoint-*, pipeline, metrics.jsonl, curves.png and logs [sdxl-LOSS]")
-    flag("--checkpointing_steps", type=int, default=500, metavar="N",
-         help="optimizer steps between checkpoints (MaPO)")
-    flag("--checkpoints_total_limit", type=int, metavar="N",
-         help="keep the last N; one more exists while it is being written")
-    flag("--resume_from_checkpoint", metavar="PATH",
-         help='a checkpoint, or "latest": the last whole one, or a fresh start where there is none')
-    flag("--log_every", type=int, default=10, metavar="N",
-         help="steps between two reads of the metrics from the device; every step is logged")
-    flag("--push_to_hub", action=argparse.BooleanOptionalAction, default=False,
-         help="upload the result and its card at the end")
-    flag("--hub_model_id", metavar="USER/NAME", help="where to; needed with --push_to_hub")
-    flag("--hub_private_repo", action=argparse.BooleanOptionalAction,
-         help="upload into a private repository; without the flag, a new one is what your "
-         "account's settings say, which is public unless you changed them")
-    flag("--hub_token", metavar="TOKEN",
-         help="the token to upload with, instead of HF_TOKEN or the one that `hf auth login` "
-         "stored; other programs on this machine can see it in the command line")
-    flag("--report_to", default="tensorboard" if tensorboard else "none",
-         help="tracker of accelerate: tensorboard, wandb, ... or none")
-    args = parser.parse_args(argv)
-    args.output_dir = args.output_dir or f"sdxl-{args.loss}"
-    if args.validation_prompts and Path(args.validation_prompts[0]).is_file():
-        args.validation_prompts = read_prompts(Path(args.validation_prompts[0]))
+    args = TrainingArguments(**parser.parse(argv))
+    if args.use_8bit_adam and args.optimizer in ("adamw", "adamw_8bit"):
+        args.optimizer, args.use_8bit_adam = "adamw_8bit", False  # kept under one name
+    args.output_dir = args.output_dir or f"{family.name}-{args.loss}"
+    args.resolution = args.resolution or [family.resolution]
+    prompts = args.validation_prompts
+    if prompts and os.path.isfile(prompts[0]):  # for which a long prompt is no error
+        args.validation_prompts = read_prompts(Path(prompts[0]))
     check_args(args)
-    token = vars(args).pop("hub_token")  # trackers, cards and files get the other flags to keep
+    # Trackers, cards and files get the other arguments to keep.
+    token, args.hub_token = args.hub_token, None
     if token:
         os.environ["HF_TOKEN"] = token
     return args
-# fmt: on
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Raise a ValueError for a flag that cannot mean anything."""
-    for resolution in args.resolution:
-        if not resolution > 0:
-            raise ValueError(f"--resolution is {resolution}; need more than 0")
-    positive = (
-        "train_batch_size",
-        "gradient_accumulation_steps",
-        "log_every",
-        "max_train_steps",
-        "num_train_epochs",
-        "max_train_samples",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "learning_rate",
-        "max_grad_norm",
-        "inversion_steps",
-        "inversion_evals",
-        "lora_rank",
-        "lora_alpha",
-        "snr_gamma",
-        "max_bad_steps",
-        "max_eval_samples",
-        "eval_steps",
-        "validation_steps",
-        "validation_inference_steps",
-    )
-    for name in positive:
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{name} is {value}; need more than 0")
-    for name in ("label_noise_prob", "proportion_empty_prompts", "ema_decay", "max_refused"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; need a share from 0 to 1")
-    for name in ("seed", "dataloader_num_workers", "lr_warmup_steps", "inversion_eta"):
-        if (getattr(args, name) or 0) < 0:
-            raise ValueError(f"--{name} is {getattr(args, name)}; need 0 or more")
-    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("--mixed_precision is fp16 on a machine without a GPU; need no or bf16")
-    for flag, needed in (
-        ("lora_alpha", "lora_rank"),
-        ("train_text_encoder", "lora_rank"),
-        ("push_to_hub", "hub_model_id"),
-        ("hub_private_repo", "push_to_hub"),
-    ):
-        if getattr(args, flag) and not getattr(args, needed):
-            raise ValueError(f"--{flag} came without --{needed}; need both")
-    if args.hub_token and args.report_to in ("wandb", "all"):
-        raise ValueError(
-            f"--hub_token came with --report_to {args.report_to}, and wandb keeps command lines; "
-            "need HF_TOKEN in the environment, or `hf auth login`, instead"
-        )
-    # What is cached was cut in the centre, and there is nothing in a stream to go through twice.
-    for flag, other in (
-        ("latent_cache", "random_crop"),
-        ("latent_cache", "streaming"),
-        ("streaming", "aspect_buckets"),
-        ("streaming", "check_data"),
-        ("streaming", "num_train_epochs"),
-    ):
-        if getattr(args, flag) and getattr(args, other):
-            raise ValueError(f"--{flag} and --{other} came; need one of them without the other")
-    if args.streaming and len(args.resolution) > 1:
-        raise ValueError(f"--streaming came with --resolution {args.resolution}; need one side")
-    if args.streaming and args.dataloader_num_workers > 1:
-        raise ValueError(
-            f"--streaming came with --dataloader_num_workers {args.dataloader_num_workers}; need 0 "
-            "or 1: several would change the order"
-        )
-    Objective(args)
-    inversion_options(args)
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a text file: one a line, empty lines left out."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; need a text file with one prompt a line")
+    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt; need one a line")
+    return prompts
 
 
-def check_resolutions(resolutions: list[int], factor: int) -> None:
-    """Raise a ValueError where the images would not halve evenly down to the UNet's middle."""
-    for resolution in resolutions:
-        if resolution % factor:
-            raise ValueError(
-                f"--resolution is {resolution}; this VAE and UNet need a multiple of {factor}, "
-                f"such as {max(factor, resolution // factor * factor)}"
-            )
+def save_args(args: TrainingArguments, folder: Path) -> None:
+    """Write the arguments into `folder`, for --config to read; None stands for those left out."""
+    values = {name: value for name, value in vars(args).items() if value is not None}
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
+    write_whole(folder / ARGS_FILE, text.encode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import pickle
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from trainer.args import TrainingArguments
 from trainer.files import remove, whole_folder
 from trainer.optim import EMA, check_same
 
@@ -228,7 +228,7 @@ class Checkpoints:
     """The checkpoints of a run: the one that it goes on from, and those that it writes."""
 
     def __init__(
-        self, args: argparse.Namespace, accelerator: Accelerator, pairs: int, pairs_per_step: int
+        self, args: TrainingArguments, accelerator: Accelerator, pairs: int, pairs_per_step: int
     ) -> None:
         """`pairs` is how many there are to train on."""
         self.args, self.accelerator = args, accelerator

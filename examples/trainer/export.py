@@ -3,7 +3,6 @@ names of kohya's scripts, which ComfyUI and AUTOMATIC1111 read."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save
 from torch import Tensor
 
+from trainer.args import TrainingArguments
 from trainer.families.family import Family
 from trainer.families.loading import load_pipeline, load_vae
 from trainer.files import whole_file, whole_folder
@@ -121,7 +121,7 @@ def make_public(pipeline: Path) -> list[str]:
 
 
 def save_trained(
-    args: argparse.Namespace,
+    args: TrainingArguments,
     family: Family,
     accelerator: Accelerator,
     learning: Mapping[str, Any],

@@ -7,7 +7,6 @@ the pair's index, so a run does not depend on workers, batch layout, or having b
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import math
@@ -22,9 +21,10 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from tqdm.auto import tqdm
 
-from trainer.args import check_resolutions
+from trainer.args import TrainingArguments, save_args
 from trainer.card import push, write_card
 from trainer.checkpoints import Checkpoints, keep_only_what_learns
+from trainer.checks import check_resolutions
 from trainer.data.batches import Collator, Draws
 from trainer.data.cache import release
 from trainer.data.check import check_data
@@ -42,9 +42,8 @@ from trainer.data.loader import (
 from trainer.data.pairs import bucket_sizes
 from trainer.evaluate import HeldOut
 from trainer.export import save_trained
-from trainer.families.family import Encoders, Family
+from trainer.families.family import DTYPES, Encoders, Family
 from trainer.families.loading import (
-    DTYPES,
     check_base,
     frozen_copy,
     load_denoiser,
@@ -65,13 +64,13 @@ from trainer.signals import Stop
 from trainer.step import Models, training_step
 
 
-def main(args: argparse.Namespace, family: Family) -> None:
+def main(args: TrainingArguments, family: Family) -> None:
     """Train, and leave checkpoints, metrics, curves and the result in `args.output_dir`."""
     with Stop(Path(args.output_dir)) as stop:
         train(args, family, stop)
 
 
-def train(args: argparse.Namespace, family: Family, stop: Stop) -> None:
+def train(args: TrainingArguments, family: Family, stop: Stop) -> None:
     """The run itself, which `stop` may end before its last step."""
     accelerator = start(args, family)
     check_base(args, family)
@@ -144,7 +143,7 @@ def train(args: argparse.Namespace, family: Family, stop: Stop) -> None:
     finish(args, family, accelerator, learner, log, monitor)
 
 
-def start(args: argparse.Namespace, family: Family) -> Accelerator:
+def start(args: TrainingArguments, family: Family) -> Accelerator:
     """The processes, the seed, and an output folder without what a killed run left half-written."""
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
@@ -166,14 +165,14 @@ def start(args: argparse.Namespace, family: Family) -> Accelerator:
     return accelerator
 
 
-def sizes_of(args: argparse.Namespace, family: Family) -> list[Size]:
+def sizes_of(args: TrainingArguments, family: Family) -> list[Size]:
     """The sizes that images are trained at."""
     factor = side_factor(args, family)
     check_resolutions(args.resolution, factor)
     return bucket_sizes(args.resolution, factor, args.aspect_buckets)
 
 
-def report_data(args: argparse.Namespace, accelerator: Accelerator, sizes: list[Size]) -> None:
+def report_data(args: TrainingArguments, accelerator: Accelerator, sizes: list[Size]) -> None:
     """Print what --check_data asks for."""
     rows = train_rows(args, ties_too=True)
     if accelerator.is_main_process:
@@ -185,7 +184,7 @@ def report_data(args: argparse.Namespace, accelerator: Accelerator, sizes: list[
         print(report)
 
 
-def read_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Rows, Rows | None]:
+def read_data(args: TrainingArguments, accelerator: Accelerator) -> tuple[Rows, Rows | None]:
     """The rows to train on, and those to score."""
     if accelerator.is_main_process:
         tell_refused(args, [], anew=True)
@@ -200,7 +199,7 @@ def draws_of(family: Family, scheduler: Any, encoders: Encoders) -> Draws:
 
 
 def hold_out(
-    args: argparse.Namespace, family: Family, accelerator: Accelerator, data: Data,
+    args: TrainingArguments, family: Family, accelerator: Accelerator, data: Data,
     encoders: Encoders,
 ) -> HeldOut | None:  # fmt: skip
     """The held-out pairs, encoded, if there are some."""
@@ -214,7 +213,7 @@ def hold_out(
 
 
 def prompt_sampler(
-    args: argparse.Namespace, family: Family, accelerator: Accelerator, encoders: Encoders
+    args: TrainingArguments, family: Family, accelerator: Accelerator, encoders: Encoders
 ) -> PromptSampler | None:
     """What samples --validation_prompts, if there are some."""
     if not args.validation_prompts:
@@ -226,7 +225,7 @@ def prompt_sampler(
     )  # fmt: skip
 
 
-def steps_of(args: argparse.Namespace, pairs: int, pairs_per_step: int) -> int:
+def steps_of(args: TrainingArguments, pairs: int, pairs_per_step: int) -> int:
     """How many optimizer steps the flags ask for."""
     if args.max_train_steps is not None:
         return int(args.max_train_steps)
@@ -236,7 +235,7 @@ def steps_of(args: argparse.Namespace, pairs: int, pairs_per_step: int) -> int:
 
 
 def load_models(
-    args: argparse.Namespace, family: Family, accelerator: Accelerator, objective: Objective,
+    args: TrainingArguments, family: Family, accelerator: Accelerator, objective: Objective,
     scheduler: Any, encoders: Encoders,
 ) -> tuple[Models, dict[str, Any]]:  # fmt: skip
     """All models that a batch passes, and those of them that learn, by the pipeline's names."""
@@ -289,7 +288,7 @@ def as_averaged(models: Models, learner: Learner) -> Iterator[Models]:
 
 @contextmanager
 def as_before(
-    args: argparse.Namespace, family: Family, models: Models, learner: Learner, fresh: bool
+    args: TrainingArguments, family: Family, models: Models, learner: Learner, fresh: bool
 ) -> Iterator[Models]:
     """The models before training, also where training goes on."""
     if args.lora_rank:
@@ -305,11 +304,12 @@ def as_before(
 
 
 def start_log(
-    args: argparse.Namespace, accelerator: Accelerator, place: dict[str, Any], steps: int
+    args: TrainingArguments, accelerator: Accelerator, place: dict[str, Any], steps: int
 ) -> MetricsLog:
     """The log of metrics, from the place that the run goes on from."""
     path = Path(args.output_dir) / "metrics.jsonl"
     if accelerator.is_main_process:
+        save_args(args, path.parent)
         truncate_metrics(path, place["step"])
         if args.report_to != "none":
             settings = {
@@ -328,7 +328,7 @@ def start_log(
 
 
 def finish(
-    args: argparse.Namespace, family: Family, accelerator: Accelerator, learner: Learner,
+    args: TrainingArguments, family: Family, accelerator: Accelerator, learner: Learner,
     log: MetricsLog, monitor: Monitor,
 ) -> None:  # fmt: skip
     """Write the result, its curves and its card, and upload them if asked to."""
@@ -348,7 +348,7 @@ def finish(
             heldout_path=monitor.rows_path, repo_id=args.hub_model_id,
         )  # fmt: skip
         print(f"step {log.step}: the result is in {result}, the curves in {curves}")
-        if args.push_to_hub:
+        if args.push_to_hub and args.hub_model_id:
             url = push(result, files, args.hub_model_id, private=args.hub_private_repo)
             print(f"pushed to {url}")
     accelerator.end_training()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,13 +11,14 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from trainer.args import TrainingArguments
 from trainer.families.family import Family
 
 TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 def add_lora(
-    args: argparse.Namespace, family: Family, denoiser: Any, text_encoders: Sequence[Any] = ()
+    args: TrainingArguments, family: Family, denoiser: Any, text_encoders: Sequence[Any] = ()
 ) -> list[Any]:
     """Give the denoiser, and those text encoders that come and can learn, adapters in fp32; all
     else is frozen. Returns the models that have some."""
@@ -28,12 +28,14 @@ def add_lora(
         if layers := family.text_layers(i, encoder.config):
             layer = {"target_modules": TEXT_LAYERS, "layers_to_transform": list(range(layers))}
             chosen.append((encoder, layer))
+    rank: Any = args.lora_rank
+    alpha: Any = args.lora_alpha or rank
     for model, where in chosen:
         model.requires_grad_(False)
         model.add_adapter(
             LoraConfig(
-                r=args.lora_rank,
-                lora_alpha=args.lora_alpha or args.lora_rank,
+                r=rank,
+                lora_alpha=alpha,
                 init_lora_weights="gaussian",
                 **where,
             )

@@ -1,4 +1,4 @@
-"""fastpref's losses and inversions by name: their flags, and what each needs of a pair."""
+"""fastpref's losses and inversions by name: their arguments, and what each needs of a pair."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, make_dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import fastpref
 from fastpref import dispatch, grouped, inversion
+from trainer.config import arg
 from trainer.families.family import Family
 from trainer.families.process import min_snr
 
@@ -100,39 +102,55 @@ def check_taken(
         )
 
 
+def option_field(name: str, text: str) -> tuple[str, Any, Any]:
+    """The flag of a loss's option, with the losses' own defaults in brackets."""
+    defaults = {loss: parameters(function).get(name) for loss, function in LOSSES.items()}
+    own = ", ".join(f"{loss} {value}" for loss, value in defaults.items() if value is not None)
+    kind = str if name == "loss_type" else float
+    return name, kind | None, arg(None, f"{text} [{own}]" if own else text)
+
+
 # fmt: off
-def add_loss_flags(flag: Callable[..., argparse.Action]) -> None:
-    """Declare --loss, and the flags that depend on it."""
-    flag("--loss", choices=LOSSES, default="mapo",
+LossArguments: Any = make_dataclass(
+    "LossArguments",
+    [
+        ("loss", str, arg("mapo", choices=list(LOSSES),
          help="one of fastpref's, where each is documented; sft, the winners alone, is the usual "
-         "control")
-    for name, text in OPTIONS.items():
-        defaults = {loss: parameters(function).get(name) for loss, function in LOSSES.items()}
-        own = ", ".join(f"{loss} {value}" for loss, value in defaults.items() if value is not None)
-        text += f" [{own}]" if own else ""
-        flag(f"--{name}", type=str if name == "loss_type" else float, help=text)
-    flag("--score_columns", nargs=2, metavar=("SCORE_0", "SCORE_1"),
+         "control")),
+        *(option_field(name, text) for name, text in OPTIONS.items()),
+        ("score_columns", list[str] | None, arg(None, metavar=("SCORE_0", "SCORE_1"),
          help="columns with the scores of jpg_0 and jpg_1: for smpo a reward, for capo a "
          "calibrated one, from 0 to 1; a score stays with its image where label noise flips a "
-         "label")
-    flag("--score_range", nargs=2, type=float, metavar=("LOW", "HIGH"),
-         help="smpo: the reward's range over the data [PickScore's on Pick-a-Pic]")
-    flag("--sign_column", metavar="SIGN",
+         "label")),
+        ("score_range", list[float] | None, arg(None, metavar=("LOW", "HIGH"),
+         help="smpo: the reward's range over the data [PickScore's on Pick-a-Pic]")),
+        ("sign_column", str | None, arg(None, metavar="SIGN",
          help="seppo: column with 1 where the loser is to be pushed away and -1 where it is to be "
-         "pulled up [1 for all]")
-    flag("--loss_impl", choices=["auto", "triton", "torch"], default="auto",
-         help="auto: fused Triton kernels on a GPU that has them, else plain PyTorch")
+         "pulled up [1 for all]")),
+        ("loss_impl", str, arg("auto", choices=["auto", "triton", "torch"],
+         help="auto: fused Triton kernels on a GPU that has them, else plain PyTorch")),
+        ("snr_gamma", float | None, arg(None, metavar="GAMMA",
+         help="weigh errors by min(SNR, GAMMA) / SNR, or / (SNR + 1) for v prediction; 5 is "
+         "usual")),
+    ],
+    namespace={"__doc__": "The loss, and what depends on it.", "_argument_group_name": "loss"},
+    kw_only=True,
+)
 
 
-def add_inversion_flags(flag: Callable[..., argparse.Action]) -> None:
-    """Declare --inversion, and the flags that depend on it."""
-    flag("--inversion", choices=["none", *INVERSIONS], default="none",
-         help="train each image at the noisy latents where the model itself would have passed "
-         "it: ddim, with --loss dpo, is InPO; renoise, with --loss smpo, is SmPO")
-    flag("--inversion_steps", type=int, metavar="N", help="steps to each timestep [10]")
-    flag("--inversion_evals", type=int, metavar="N", help="renoise: evaluations per step [2]")
-    flag("--inversion_eta", type=float, metavar="ETA",
-         help="ddim: weight of fresh noise; InPO has 0.1 [0]")
+@dataclass(kw_only=True)
+class InversionArguments:
+    """The inversion, and what depends on it."""
+
+    _argument_group_name = "inversion"
+    inversion: str = arg("none", choices=["none", *INVERSIONS],
+        help="train each image at the noisy latents where the model itself would have passed "
+        "it: ddim, with --loss dpo, is InPO; renoise, with --loss smpo, is SmPO")
+    inversion_steps: int | None = arg(None, metavar="N", help="steps to each timestep [10]")
+    inversion_evals: int | None = arg(None, metavar="N",
+        help="renoise: evaluations per step [2]")
+    inversion_eta: float | None = arg(None, metavar="ETA",
+        help="ddim: weight of fresh noise; InPO has 0.1 [0]")
 # fmt: on
 
 
@@ -146,11 +164,10 @@ def inversion_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def objective_of(loss: str, scheduler: Any = None, **options: Any) -> Objective:
     """An objective by its name, with these of the flags."""
-    parser = argparse.ArgumentParser()
-    add_loss_flags(parser.add_argument)
-    add_inversion_flags(parser.add_argument)
-    parser.set_defaults(snr_gamma=None, loss=loss, **options)
-    return Objective(parser.parse_args([]), scheduler=scheduler)
+    args = argparse.Namespace(
+        **vars(LossArguments(loss=loss, **options)), **vars(InversionArguments())
+    )
+    return Objective(args, scheduler=scheduler)
 
 
 class Objective:

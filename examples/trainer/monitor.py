@@ -3,7 +3,6 @@ held-out pairs, and pictures of prompts."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from PIL import Image
 
+from trainer.args import TrainingArguments
 from trainer.evaluate import HeldOut, Scores
 from trainer.metrics import append_metrics, truncate_metrics
 from trainer.plots import write_grid
@@ -48,7 +48,7 @@ class Monitor:
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        args: TrainingArguments,
         accelerator: Accelerator,
         stop: Stop,
         heldout: HeldOut | None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,26 +19,29 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers.optimization import Adafactor
 
+from trainer.args import TrainingArguments
 from trainer.families.family import Family
 from trainer.lora import trainable
 
 
 def make_optimizer(
-    args: argparse.Namespace, parameters: list[torch.nn.Parameter], learning_rate: float
+    args: TrainingArguments, parameters: list[torch.nn.Parameter], learning_rate: float
 ) -> torch.optim.Optimizer:
-    """AdamW: fused, or with 8-bit states of bitsandbytes."""
-    settings: dict[str, Any] = {
-        "lr": learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "weight_decay": args.adam_weight_decay,
-        "eps": args.adam_epsilon,
-    }
-    if args.use_8bit_adam:
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise ValueError(f"--use_8bit_adam needs bitsandbytes: {error}") from error
+    """The optimizer that --optimizer names."""
+    settings: dict[str, Any] = {"lr": learning_rate, "weight_decay": args.adam_weight_decay}
+    if args.optimizer == "adafactor":
+        # As in Diffusion-DPO's recipe for SDXL: the learning rate as given, and no rate of its own.
+        return Adafactor(parameters, scale_parameter=False, relative_step=False, **settings)
+    settings |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy(parameters, use_bias_correction=True, safeguard_warmup=True, **settings)
+    if args.optimizer == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
         return AdamW8bit(parameters, **settings)
     fused = {p.device.type for p in parameters} <= {"cpu", "cuda", "xpu"}
     return torch.optim.AdamW(parameters, fused=fused, **settings)
@@ -118,7 +120,7 @@ def check_same(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Ten
         )
 
 
-def check_sharding(args: argparse.Namespace, family: Family, accelerator: Accelerator) -> None:
+def check_sharding(args: TrainingArguments, family: Family, accelerator: Accelerator) -> None:
     """Raise a ValueError for what cannot be split over processes; tell FSDP by which modules to
     split the model, and DeepSpeed what accelerate would read from a loader of its own."""
     kind = accelerator.distributed_type
@@ -127,6 +129,9 @@ def check_sharding(args: argparse.Namespace, family: Family, accelerator: Accele
             if getattr(args, flag):
                 raise ValueError(f"--{flag} came with {kind.value}; need one process, or DDP "
                                  "(examples/configs/accelerate/ddp.yaml)")  # fmt: skip
+        if args.optimizer in ("adafactor", "prodigy"):
+            raise ValueError(f"--optimizer {args.optimizer} came with {kind.value}; need adamw, "
+                             "or one process or DDP (configs/accelerate/ddp.yaml)")  # fmt: skip
     if kind == DistributedType.FSDP:
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = list(family.blocks)
     if kind == DistributedType.DEEPSPEED:
@@ -193,7 +198,7 @@ class Learner:
 
 
 def make_learner(
-    args: argparse.Namespace, accelerator: Accelerator, models: dict[str, Any], steps: int,
+    args: TrainingArguments, accelerator: Accelerator, models: dict[str, Any], steps: int,
     learning_rate: float,
 ) -> Learner:  # fmt: skip
     """Give the models to accelerate, with an optimizer and the schedule of `steps` steps."""

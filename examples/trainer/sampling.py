@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,15 +17,6 @@ from tqdm.auto import tqdm
 from trainer.evaluate import evaluating
 from trainer.families.family import Encoders, Family, assemble, text_parts
 from trainer.families.vae import decode_latents
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a text file: one a line, empty lines left out."""
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    prompts = [prompt for prompt in prompts if prompt]
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt; need one a line")
-    return prompts
 
 
 class PromptSampler:

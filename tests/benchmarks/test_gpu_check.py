@@ -24,8 +24,15 @@ from gpu_check import Command, Where, check
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("examples", "benchmarks", "tests", "tests/helpers")  # whose modules find one another
-ROOMS = ("trainer", "toy", "study")  # packages in examples/
 BARE = ("torch", "triton", "pytest", "numpy", "mpmath", "hypothesis")
+
+
+def is_ours(name: str) -> bool:
+    """Whether a name of the top level is a module, or a folder of modules, of this project."""
+    return any(
+        (ROOT / folder / f"{name}.py").exists() or any((ROOT / folder / name).glob("*.py"))
+        for folder in FOLDERS
+    )
 
 
 def imported(test_file: Path) -> set[str]:
@@ -55,14 +62,15 @@ def imported(test_file: Path) -> set[str]:
             if isinstance(node, ast.Import):
                 modules = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and not node.level:
-                modules = [node.module or ""]
+                parts = [f"{node.module}.{alias.name}" for alias in node.names]
+                modules = [node.module or "", *parts]  # a name may be a module of a folder
             else:
                 continue
             for name in modules:
                 ours = [ROOT / folder / f"{name.replace('.', '/')}.py" for folder in FOLDERS]
                 if module := next((each for each in ours if each.exists()), None):
                     visit(module)
-                elif (top := name.split(".")[0]) not in {*sys.stdlib_module_names, *ROOMS}:
+                elif not (is_ours(top := name.split(".")[0]) or top in sys.stdlib_module_names):
                     found.add(top)
 
     visit(test_file)

@@ -16,10 +16,11 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from PIL import Image
 
 from toy.tiny import tiny_sdxl
+from trainer.args import read_prompts
 from trainer.families.family import Encoders
 from trainer.families.sdxl import SDXL
 from trainer.plots import font, wrap, write_grid
-from trainer.sampling import PromptSampler, read_prompts
+from trainer.sampling import PromptSampler
 
 PROMPTS = ["a cat", "a photograph of a dog"]
 Load = Callable[[], StableDiffusionXLPipeline]

@@ -56,8 +56,7 @@ from trainer.data.shards import (
     read_folder,
     sortable,
 )
-from trainer.families.family import Encoders, Family, Text
-from trainer.families.loading import VAE_DTYPES
+from trainer.families.family import VAE_DTYPES, Encoders, Family, Text
 from trainer.families.vae import encode_images
 from trainer.files import ABANDONED_SECONDS, remove_leftovers
 

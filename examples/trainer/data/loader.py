@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -17,19 +16,19 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from trainer.args import TrainingArguments
 from trainer.data.batches import Collator
 from trainer.data.cache import build_cache
 from trainer.data.images import Size
 from trainer.data.pairs import PairBatches, PreferencePairs, StreamedPairs
 from trainer.data.sources import has_splits, read_rows, settle_ties, survey
-from trainer.families.family import Encoders, Family
-from trainer.families.loading import VAE_DTYPES
+from trainer.families.family import VAE_DTYPES, Encoders, Family
 from trainer.signals import leave_signals_to_parent
 
 Rows: TypeAlias = Dataset | IterableDataset
 
 
-def options(args: argparse.Namespace) -> dict[str, Any]:
+def options(args: TrainingArguments) -> dict[str, Any]:
     """What the flags say about making a pair for training."""
     names = (
         "seed", "random_crop", "random_flip", "label_noise_prob", "proportion_empty_prompts",
@@ -39,7 +38,7 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def all_rows(
-    args: argparse.Namespace, name: str, split: str, extra: Sequence[str | None] = (),
+    args: TrainingArguments, name: str, split: str, extra: Sequence[str | None] = (),
     streaming: bool = False,
 ) -> Rows:  # fmt: skip
     """The rows of a data set, ties and all."""
@@ -51,14 +50,14 @@ def all_rows(
     )  # fmt: skip
 
 
-def train_rows(args: argparse.Namespace, ties_too: bool = False) -> Rows:
+def train_rows(args: TrainingArguments, ties_too: bool = False) -> Rows:
     """The rows to train on."""
     extra = [*(args.score_columns or ()), args.sign_column]
     rows = all_rows(args, args.dataset_name, args.dataset_split_name, extra, args.streaming)
     return rows if ties_too else settle_ties(rows, args.ties, args.seed, args.max_train_samples)
 
 
-def heldout_rows(args: argparse.Namespace) -> Rows | None:
+def heldout_rows(args: TrainingArguments) -> Rows | None:
     """The rows to score, if the flags name any."""
     if not args.eval_dataset_name and not args.eval_split_name:
         return None
@@ -81,7 +80,7 @@ class Data(NamedTuple):
 
 
 def load_data(
-    args: argparse.Namespace, family: Family, accelerator: Accelerator, sizes: Sequence[Size],
+    args: TrainingArguments, family: Family, accelerator: Accelerator, sizes: Sequence[Size],
     rows: Rows, rows_heldout: Rows | None, encoders: Encoders,
 ) -> Data:  # fmt: skip
     """The rows as pairs, but for a stream."""
@@ -98,7 +97,7 @@ def load_data(
 
 
 def make_pairs(
-    args: argparse.Namespace,
+    args: TrainingArguments,
     family: Family,
     accelerator: Accelerator,
     rows: Dataset,
@@ -122,7 +121,7 @@ def make_pairs(
 
 
 def make_loader(
-    args: argparse.Namespace,
+    args: TrainingArguments,
     accelerator: Accelerator,
     data: Data,
     collate: Collator,
@@ -154,7 +153,7 @@ def make_loader(
 
 
 def usable(
-    args: argparse.Namespace, accelerator: Accelerator, rows: Dataset, sizes: Sequence[Size]
+    args: TrainingArguments, accelerator: Accelerator, rows: Dataset, sizes: Sequence[Size]
 ) -> tuple[Dataset, NDArray[np.int64]]:
     """The rows whose images are whole, and their buckets. One process looks, for all."""
     seen: list[Any] = [None, None]
@@ -170,7 +169,7 @@ def usable(
     return rows, buckets
 
 
-def tell_refused(args: argparse.Namespace, lines: Sequence[str], anew: bool = False) -> None:
+def tell_refused(args: TrainingArguments, lines: Sequence[str], anew: bool = False) -> None:
     """Say which images are left out: on the screen how many, in refused.txt which and why."""
     path = Path(args.output_dir) / "refused.txt"
     if anew:

@@ -6,8 +6,11 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+VAE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Config: TypeAlias = Mapping[str, Any]
 Text: TypeAlias = dict[str, Tensor]  # a caption's embeddings by name, (N, ...) each
 
@@ -55,6 +58,7 @@ class Family(NamedTuple):
     model: Any  # that part's class
     texts: tuple[TextPart, ...]
     process: Process
+    resolution: int  # pixels a side that it was made for
     check: Callable[[Config], None]  # raises a ValueError for a denoiser it cannot train
     halvings: Callable[[Config], int]  # (the denoiser's configuration) -> how often it halves
     # (tokenizers, captions) -> token ids (N, length), for each tokenizer

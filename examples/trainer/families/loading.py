@@ -10,11 +10,8 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import AutoTokenizer
 
-from trainer.families.family import Config, Encoders, Family
+from trainer.families.family import DTYPES, VAE_DTYPES, Config, Encoders, Family
 from trainer.families.vae import check_vae
-
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-VAE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def where(args: Any) -> dict[str, Any]:

@@ -56,6 +56,7 @@ SD15 = Family(
     model=UNet2DConditionModel,
     texts=(TextPart("text_encoder", CLIPTextModel, "tokenizer"),),
     process=DDPM,
+    resolution=512,
     check=check,
     halvings=halvings,
     tokenize=tokenize,

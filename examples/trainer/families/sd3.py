@@ -102,6 +102,7 @@ SD3 = Family(
         TextPart("text_encoder_3", T5EncoderModel, "tokenizer_3"),
     ),
     process=FLOW,
+    resolution=1024,
     check=check,
     halvings=halvings,
     tokenize=tokenize,

@@ -79,6 +79,7 @@ SDXL = Family(
         TextPart("text_encoder_2", CLIPTextModelWithProjection, "tokenizer_2"),
     ),
     process=DDPM,
+    resolution=1024,
     check=check,
     halvings=halvings,
     tokenize=tokenize,
