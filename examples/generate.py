@@ -18,7 +18,9 @@ from trainer.entry import one_line_errors
 from trainer.families.all import family_of
 from trainer.families.family import Family, denoiser_of, encoders_of
 from trainer.families.loading import load_pipeline, read_config
+from trainer.families.unpacked import config_of, family_of_file, is_file
 from trainer.sampling import PromptSampler
+from trainer.single_file import load_single_file, load_single_vae
 
 # isort: split
 import argparse
@@ -97,16 +99,27 @@ def load_base(args: argparse.Namespace, device: torch.device) -> tuple[Family, A
     """The base's family and pipeline, on `device`."""
     source = args.pretrained_model_name_or_path
     where = {"revision": args.revision, "cache_dir": args.cache_dir}
-    try:
-        family = family_of(read_config(DiffusionPipeline, source, **where))
-    except ValueError as error:
-        raise ValueError(f"--pretrained_model_name_or_path {source}: {error}") from error
     dtype, parts = DTYPES[args.mixed_precision], {}
-    if args.pretrained_vae_model_name_or_path:
+    with about(f"--pretrained_model_name_or_path {source}:"):
+        if is_file(source):
+            family = family_of_file(Path(source))
+        else:
+            family = family_of(read_config(DiffusionPipeline, source, **where))
+    config = config_of(args, family) or source
+    vae = args.pretrained_vae_model_name_or_path
+    if is_file(vae):
+        with about(f"--pretrained_vae_model_name_or_path {vae}:"):
+            parts["vae"] = load_single_vae(vae, config, dtype)
+    elif vae:
         parts["vae"] = AutoencoderKL.from_pretrained(
-            args.pretrained_vae_model_name_or_path, torch_dtype=dtype, cache_dir=args.cache_dir
+            vae, torch_dtype=dtype, cache_dir=args.cache_dir
         )
-    return family, load_pipeline(args, family, torch_dtype=dtype, **parts).to(device)
+    if is_file(source):
+        with about(f"--pretrained_model_name_or_path {source}:"):
+            pipeline = load_single_file(family.pipeline, source, config, dtype, **parts)
+    else:
+        pipeline = load_pipeline(args, family, torch_dtype=dtype, **parts)
+    return family, pipeline.to(device)
 
 
 def install(family: Family, pipeline: Any, trained: Path) -> None:

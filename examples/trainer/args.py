@@ -30,9 +30,13 @@ class PipelineArguments:
 
     _argument_group_name = "model"
     pretrained_model_name_or_path: str = arg(REQUIRED, metavar="NAME",
-        help="the base, a pipeline: a hub name or a local folder")
+        help="the base, a pipeline: a hub name, a local folder, or one .safetensors file in the "
+        "original layout (SD1.5, 2.x, SDXL)")
     pretrained_vae_model_name_or_path: str | None = arg(None, metavar="NAME",
-        help="another VAE: a hub name or a local folder")
+        help="another VAE: a hub name, a local folder, or one .safetensors file")
+    pretrained_config_name_or_path: str | None = arg(None, metavar="NAME",
+        help="for a base or VAE in one file: the hub name or folder of a pipeline, whose "
+        "configurations and tokenizers it has [SDXL's or SD1.5's own, from the hub]")
     revision: str | None = arg(None, help="revision of the model on the hub")
     variant: str | None = arg(None, help="variant of the model files, such as fp16")
 
@@ -184,6 +188,9 @@ class OutputArguments:
     _argument_group_name = "output"
     output_dir: str = arg(None, metavar="DIR",
         help="for checkpoint-*, pipeline, metrics.jsonl, curves.png and logs [FAMILY-LOSS]")
+    single_file: bool = arg(False,
+        help="save the trained pipeline as one .safetensors file in the original layout too, for "
+        "ComfyUI and others, in the precision of --mixed_precision; not with --lora_rank")
     checkpointing_steps: int = arg(500, metavar="N",
         help="optimizer steps between checkpoints (MaPO)")
     checkpoints_total_limit: int | None = arg(None, metavar="N",

@@ -28,6 +28,7 @@ TOGETHER = (
 )
 # What is cached was cut in the centre, and there is nothing in a stream to go through twice.
 APART = (
+    ("single_file", "lora_rank"),
     ("latent_cache", "random_crop"),
     ("latent_cache", "streaming"),
     ("streaming", "aspect_buckets"),

@@ -13,13 +13,14 @@ from accelerate import Accelerator
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from peft import get_peft_model_state_dict
-from safetensors.torch import save
 from torch import Tensor
 
 from trainer.args import TrainingArguments
-from trainer.families.family import Family
+from trainer.families.family import DTYPES, Family
 from trainer.families.loading import load_pipeline, load_vae
-from trainer.files import whole_file, whole_folder
+from trainer.files import whole_folder
+from trainer.single_file import write_single_file
+from trainer.tensors import write_tensors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
@@ -55,21 +56,6 @@ def to_kohya(
         name: torch.tensor(alpha) if name.endswith(".alpha") else value
         for name, value in named.items()
     }
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, whole or not at all, of which equal contents give equal bytes.
-
-    safetensors itself writes metadata in any order, and a file that nobody else may read.
-    """
-    data = save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, dict(metadata))
-    begin = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:begin])
-    header["__metadata__"] = dict(sorted(metadata.items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with whole_file(path) as aside, aside.open("wb") as file:
-        file.writelines((len(text).to_bytes(8, "little"), text, memoryview(data)[begin:]))
 
 
 def write_lora(
@@ -149,5 +135,8 @@ def save_trained(
         pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
     with whole_folder(result) as aside:
         pipeline.save_pretrained(aside)
+        if args.single_file:
+            path = aside / f"{family.name}-{args.loss}.safetensors"
+            write_single_file(pipeline, path, DTYPES[args.mixed_precision])
         files = make_public(aside)
     return result, files

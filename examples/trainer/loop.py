@@ -52,6 +52,7 @@ from trainer.families.loading import (
     load_vae,
     side_factor,
 )
+from trainer.families.unpacked import unpack
 from trainer.files import remove_leftovers
 from trainer.lora import add_lora, without_adapters
 from trainer.losses import Objective
@@ -73,6 +74,9 @@ def main(args: TrainingArguments, family: Family) -> None:
 def train(args: TrainingArguments, family: Family, stop: Stop) -> None:
     """The run itself, which `stop` may end before its last step."""
     accelerator = start(args, family)
+    given = args
+    with accelerator.main_process_first():
+        args = unpack(given, family)
     check_base(args, family)
     scheduler = load_scheduler(args, family)
     objective = Objective(args, family, scheduler)
@@ -105,7 +109,7 @@ def train(args: TrainingArguments, family: Family, stop: Stop) -> None:
     place = checkpoints.resume(max_train_steps)
     micro_batches = (max_train_steps - place["step"]) * args.gradient_accumulation_steps
     loader = make_loader(args, accelerator, data, collate, place["pairs_seen"], micro_batches)
-    log = start_log(args, accelerator, place, max_train_steps)
+    log = start_log(given, accelerator, place, max_train_steps)
     monitor = Monitor(
         args, accelerator, stop, heldout, sampler,
         now=functools.partial(as_averaged, models, learner),
@@ -140,7 +144,7 @@ def train(args: TrainingArguments, family: Family, stop: Stop) -> None:
             stop.leave(log.step)
     stop.end_steps()
     log.progress.close()
-    finish(args, family, accelerator, learner, log, monitor)
+    finish(given, args, family, accelerator, learner, log, monitor)
 
 
 def start(args: TrainingArguments, family: Family) -> Accelerator:
@@ -328,10 +332,14 @@ def start_log(
 
 
 def finish(
+    given: TrainingArguments,
     args: TrainingArguments, family: Family, accelerator: Accelerator, learner: Learner,
     log: MetricsLog, monitor: Monitor,
 ) -> None:  # fmt: skip
-    """Write the result, its curves and its card, and upload them if asked to."""
+    """Write the result, its curves and its card, and upload them if asked to.
+
+    `given` are the flags as they came, with a base in one file for example.
+    """
     output_dir = Path(args.output_dir)
     accelerator.wait_for_everyone()
     with learner.averaged():
@@ -342,8 +350,8 @@ def finish(
         title = f"{args.loss}, {log.step} steps"
         plot_curves(log.path, curves, title, monitor.rows_path)
         files += write_card(
-            result, family, base_model=args.pretrained_model_name_or_path,
-            dataset=args.dataset_name, loss=args.loss, settings=vars(args), metrics_path=log.path,
+            result, family, base_model=given.pretrained_model_name_or_path,
+            dataset=args.dataset_name, loss=args.loss, settings=vars(given), metrics_path=log.path,
             lora=bool(args.lora_rank), pictures=[curves, *monitor.last_grid(log.step)],
             heldout_path=monitor.rows_path, repo_id=args.hub_model_id,
         )  # fmt: skip

@@ -16,8 +16,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextModelWithProjection
 
-from trainer.export import write_tensors
 from trainer.original_layout import CLIP, CLIP_XL, OPEN_CLIP, OPEN_CLIP_XL, UNET, VAE, to_original
+from trainer.tensors import write_tensors
 
 SD_LAYOUT, SDXL_LAYOUT = "SD 1.x or 2.x", "SDXL"
 

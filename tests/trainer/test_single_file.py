@@ -22,7 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel
 
+import generate
+from small_run import Train, assert_same_weights, unet_of
 from toy.tiny import tiny_sd15, tiny_sdxl
+from trainer.families.all import FAMILIES
+from trainer.families.sdxl import SDXL
 from trainer.single_file import load_single_file, load_single_vae, write_single_file
 
 SMALL: dict[str, Any] = {
@@ -279,3 +283,66 @@ def test_what_is_no_vae(files: World, tmp_path: Path) -> None:
         write(path := tmp_path / "file.safetensors")
         with pytest.raises(ValueError, match=r"holds .*, need a VAE in the original layout"):
             load_single_vae(path, files["sd15"][2])
+
+
+# In the trainer, and in generate.py.
+
+
+@pytest.mark.parametrize("model", ["epsilon", "sd15"])
+def test_a_base_and_a_vae_in_one_file_train_as_the_folder_does(
+    train: Train, world: Path, tmp_path: Path, model: str
+) -> None:
+    family = FAMILIES.get(model, SDXL)
+    pipeline = family.pipeline.from_pretrained(world / model, **family.options)
+    base, vae = tmp_path / "base.safetensors", tmp_path / "vae.safetensors"
+    write_single_file(pipeline, base)
+    weights = {n: v for n, v in load_file(base).items() if n.startswith("first_stage_model.")}
+    save_file(weights, vae)
+    flags: dict[str, Any] = {"loss": "dpo", "model": model}
+    expected = train("folder", **flags)
+    flags |= {"pretrained_config_name_or_path": world / model, "single_file": True}
+    flags |= {"pretrained_vae_model_name_or_path": vae, "cache_dir": tmp_path / "cache"}
+    found = train("file", **flags, pretrained_model_name_or_path=base)
+    assert_same_weights(expected, found)
+    unpacked = sorted((tmp_path / "cache" / "unpacked").iterdir())
+    made = [path.stat().st_mtime_ns for path in unpacked]
+    assert len(unpacked) == 2
+
+    # The result in one file is the pipeline; it can be trained on in turn, and sampled from.
+    (one,) = (found / "pipeline").glob("*.safetensors")
+    opened = load_single_file(family.pipeline, one, world / model)
+    denoiser = opened.unet.state_dict()
+    trained = unet_of(found)
+    assert all(denoiser[name].equal(value) for name, value in trained.items())
+    assert "base.safetensors" in (found / "pipeline" / "README.md").read_text()
+    train("again", **flags, pretrained_model_name_or_path=base)
+    assert [path.stat().st_mtime_ns for path in unpacked] == made  # it is unpacked once
+    assert sorted((tmp_path / "cache" / "unpacked").iterdir()) == unpacked
+    (tmp_path / "prompts.txt").write_text("a cat")
+    words = {
+        "pretrained_model_name_or_path": base, "pretrained_config_name_or_path": world / model,
+        "trained": found, "prompts": tmp_path / "prompts.txt", "output": tmp_path / "grid.png",
+        "num_inference_steps": 1, "height": 16, "width": 16, "mixed_precision": "no",
+    }  # fmt: skip
+    generate.main(generate.parse_args([str(w) for n, v in words.items() for w in (f"--{n}", v)]))
+    assert (tmp_path / "grid.png").exists()
+
+
+def test_files_that_cannot_be_unpacked_are_one_line(
+    train: Train, world: Path, tmp_path: Path
+) -> None:
+    write_single_file(tiny("sd15"), tmp_path / "sd.safetensors")
+    (tmp_path / "old.ckpt").write_bytes(b"pickle")
+    config = {"pretrained_config_name_or_path": world / "epsilon"}
+    for name, message in (
+        ("sd.safetensors", "holds SD 1.x or 2.x, need SDXL in the original layout"),
+        ("none.safetensors", "there is no such file"),
+        ("old.ckpt", "need a .safetensors file; others may hold code"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            train(pretrained_model_name_or_path=tmp_path / name, **config)
+        assert str(error.value).startswith("--pretrained_model_name_or_path ")
+    with pytest.raises(ValueError, match="a sd3 model is not read from one file"):
+        train(model="sd3", pretrained_model_name_or_path=tmp_path / "sd.safetensors")
+    with pytest.raises(ValueError, match="--single_file and --lora_rank came"):
+        train(single_file=True, lora_rank=4)

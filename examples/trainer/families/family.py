@@ -57,6 +57,7 @@ class Family(NamedTuple):
     denoiser: str  # the pipeline's part that learns: "unet" or "transformer"
     model: Any  # that part's class
     texts: tuple[TextPart, ...]
+    config: str | None  # whose configurations a checkpoint in one file has; None where none is read
     process: Process
     resolution: int  # pixels a side that it was made for
     check: Callable[[Config], None]  # raises a ValueError for a denoiser it cannot train

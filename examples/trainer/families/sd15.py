@@ -55,6 +55,7 @@ SD15 = Family(
     denoiser="unet",
     model=UNet2DConditionModel,
     texts=(TextPart("text_encoder", CLIPTextModel, "tokenizer"),),
+    config="stable-diffusion-v1-5/stable-diffusion-v1-5",
     process=DDPM,
     resolution=512,
     check=check,

@@ -101,6 +101,7 @@ SD3 = Family(
         TextPart("text_encoder_2", CLIPTextModelWithProjection, "tokenizer_2"),
         TextPart("text_encoder_3", T5EncoderModel, "tokenizer_3"),
     ),
+    config=None,
     process=FLOW,
     resolution=1024,
     check=check,

@@ -78,6 +78,7 @@ SDXL = Family(
         TextPart("text_encoder", CLIPTextModel, "tokenizer"),
         TextPart("text_encoder_2", CLIPTextModelWithProjection, "tokenizer_2"),
     ),
+    config="stabilityai/stable-diffusion-xl-base-1.0",
     process=DDPM,
     resolution=1024,
     check=check,
