@@ -10,13 +10,14 @@ from typing import Any
 from urllib.parse import quote
 
 import huggingface_hub
-from huggingface_hub import CommitOperationAdd, ModelCardData
+from diffusers.utils.hub_utils import populate_model_card
+from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from trainer.export import KOHYA_FILE
 from trainer.families.family import Family
-from trainer.files import whole_file
+from trainer.files import whole_file, write_whole
 from trainer.metrics import read_metrics
 
 CARD = "README.md"
@@ -138,13 +139,11 @@ def write_card(
         library_name="diffusers",
         license=license,
         pipeline_tag="text-to-image",
-        tags=["text-to-image", *family.tags, "fastpref", loss, *kind, *tags],
         inference=True,
     )
     name = (repo_id or folder.resolve().name).split("/")[-1]
     what = "A LoRA for" if lora else "The whole of"
     parts = [
-        f"---\n{header.to_yaml()}\n---",
         f"# {shown(name)}",
         f"{what} {shown(base or last_part(base_model))}, aligned on the preference pairs of "
         f"{shown(data or last_part(dataset))} with the loss {shown(loss)} of fastpref.",
@@ -170,8 +169,10 @@ def write_card(
         if value is not None and name not in NOT_TOLD and "token" not in name
     ]
     parts.append(f"## Settings\n\n{table(('setting', 'value'), told)}")
-    with whole_file(folder / CARD) as aside:
-        aside.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    text = "\n\n".join([f"---\n{header.to_yaml()}\n---", *parts]) + "\n"
+    labels = ["text-to-image", *family.tags, "fastpref", loss, *kind, *tags]
+    card = populate_model_card(ModelCard(text), labels)
+    write_whole(folder / CARD, str(card).encode())
     return [CARD, *names]
 
 

@@ -3,11 +3,12 @@ held-out pairs, and pictures of prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -117,6 +118,7 @@ class Monitor:
             if self.accelerator.is_main_process:
                 self.grids.mkdir(exist_ok=True)
                 write_grid(columns, self.sampler.prompts, self.grids / f"step-{step}.png")
+                log_pictures(self.accelerator, [*columns.values()][-1], step)
 
     def last_grid(self, step: int) -> list[Path]:
         """The grid that was sampled at this step, if one was."""
@@ -143,3 +145,13 @@ class Monitor:
             finally:
                 self.accelerator.wait_for_everyone()
         return pictures
+
+
+def log_pictures(accelerator: Accelerator, pictures: Sequence[Image.Image], step: int) -> None:
+    """Give the pictures to those trackers that take some."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            stacked = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
+            tracker.log_images({"validation": stacked}, step, dataformats="NHWC")
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({"validation": [*pictures]}, step)

@@ -75,7 +75,7 @@ def predict(
 def embed_prompt(pipeline: Any, prompt: str, device: Any, guided: bool) -> dict[str, Tensor]:
     embedded = pipeline.encode_prompt(
         prompt, None, None, device=device, do_classifier_free_guidance=guided,
-        max_sequence_length=T5_LENGTH,
+        max_sequence_length=min(T5_LENGTH, pipeline.tokenizer_3.model_max_length),
     )  # fmt: skip
     names = ("", "negative_", "pooled_", "negative_pooled_")
     return {
