@@ -6,8 +6,11 @@ FLOORS := .venv-floors
 
 .PHONY: demo test test-floors lint study bench aot-matrix gpu-check gpu-step
 
+# Of another family: make demo FAMILY=sd3
+FAMILY ?= sdxl
 demo: $(READY)
-	$(VENV)/bin/python examples/demo.py --output_dir demo
+	$(VENV)/bin/python examples/demo.py --family $(FAMILY) \
+		--output_dir $(if $(filter sdxl,$(FAMILY)),demo,demo-$(FAMILY))
 
 # Two at a time, a file each: they keep to one thread (tests/conftest.py).
 test: lint
@@ -30,6 +33,7 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	PYTHONPATH=.:kernels:examples $(VENV)/bin/lint-imports --no-logo
 
 # Does it align? Five losses on real digits: 14 minutes on two cores.
 study: $(READY)

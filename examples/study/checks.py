@@ -1,4 +1,4 @@
-"""Knows what the study must show before its pictures are believed, and how its table reads."""
+"""What the study must show before its pictures are believed, and its table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows the study's world: real digits in four styles, and a diffusion model that paints them.
+"""Real digits in four styles, and a diffusion model that paints them.
 
 Images are (N, 1, 16, 16) fp32 in [-1, 1]; the model predicts the noise, conditioned on the digit.
 """

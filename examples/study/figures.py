@@ -1,4 +1,4 @@
-"""Knows how the study is drawn: what each method paints, its curves, bars with seeds as dots."""
+"""Figures of the study: what each method paints, its curves, bars with seeds as dots."""
 
 from __future__ import annotations
 

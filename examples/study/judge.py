@@ -1,4 +1,4 @@
-"""Knows how good painted digits are: a judge of digit and style, and distances between sets."""
+"""A judge of painted digits: digit and style, and distances between sets of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows the losses that the study compares, what was tried of each, and how a setting is chosen.
+"""The losses that the study compares, what was tried of each, and how a setting is chosen.
 
 A setting is a learning rate `lr` and keyword arguments of the loss. Every method has TRIALS of
 them, the same for every style; `choose` picks one per style from what the trials gave.

@@ -1,4 +1,4 @@
-"""Knows one run of the study: a copy of the base model aligned by one method, and what came of it.
+"""One run of the study: a copy of the base model aligned by one method, and what came of it.
 
 Every run of a seed sees the same pairs, timesteps and noise, and every model is judged on the same
 1,000 noises: methods differ in nothing but the loss and its setting. Losses that are not on pairs

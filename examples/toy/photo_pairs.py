@@ -1,4 +1,4 @@
-"""Knows where real photographs lie without a network, and how to spoil a crop of one."""
+"""Pairs made of real photographs that ship in Python packages: a crop, and a degraded copy."""
 
 from __future__ import annotations
 

@@ -52,7 +52,6 @@ from trainer.families.loading import (
     load_vae,
     side_factor,
 )
-from trainer.families.unpacked import unpack
 from trainer.files import remove_leftovers
 from trainer.lora import add_lora, without_adapters
 from trainer.losses import Objective
@@ -63,6 +62,7 @@ from trainer.plots import plot_curves
 from trainer.sampling import PromptSampler
 from trainer.signals import Stop
 from trainer.step import Models, training_step
+from trainer.unpacked import unpack
 
 
 def main(args: TrainingArguments, family: Family) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-import guidance_study
-import mismatch_study
 from fastpref.guidance import AnnealedGuidance
+from study import guidance as guidance_study
+from study import mismatch as mismatch_study
 from study.checks import check, report
 from study.digits import ALPHAS, STYLES, Digits, UNet, add_noise, load_splits, paint, restyle
 from study.judge import frechet, spread

@@ -19,9 +19,9 @@ from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import generate
 from fastpref.guidance import AnnealedGuidance, NegativePreferenceGuidance, merged_negative
 from toy.tiny import tiny_sdxl
+from trainer import generate
 from trainer.card import push, shown, write_card
 from trainer.export import KOHYA_FILE, LORA_FILE, write_lora
 from trainer.families.sdxl import SDXL

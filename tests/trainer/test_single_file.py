@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel
 
-import generate
 from small_run import Train, assert_same_weights, unet_of
 from toy.tiny import tiny_sd15, tiny_sdxl
+from trainer import generate
 from trainer.families.all import FAMILIES
 from trainer.families.sdxl import SDXL
 from trainer.single_file import load_single_file, load_single_vae, write_single_file

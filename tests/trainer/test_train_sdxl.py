@@ -20,10 +20,10 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionM
 from PIL import Image
 from safetensors.torch import load_file
 
-import demo
 import fastpref
 import oracles
 from small_run import SCORES, Train, argv, assert_same_weights, unet_of
+from toy import demo
 from toy.tiny import tiny_sdxl
 from trainer import loop
 from trainer.args import parse_args
