@@ -138,7 +138,7 @@ def train(args: TrainingArguments, family: Family, stop: Stop) -> None:
             log.flush()
             checkpoints.save(log.step, log.bad_to_keep, monitor.cut_short)
             log.say_health()
-            log.raise_if_too_bad()
+            log.raise_if_too_bad(hint_of(args))
         if stop.agreed():
             log.progress.close()
             stop.leave(log.step)
@@ -281,6 +281,13 @@ def models_of(family: Family, models: Models, learner: Learner) -> Models:
     return models._replace(
         denoiser=learner.models[family.denoiser], encoders=encoders._replace(text_encoders=texts)
     )
+
+
+def hint_of(args: TrainingArguments) -> str:
+    """What may be the cause of steps that are not finite, beside the learning rate."""
+    if args.vae_dtype == "fp16" and not args.latent_cache:
+        return "The VAE may overflow in fp16, as SDXL's own does: try --vae_dtype bf16 or fp32. "
+    return ""
 
 
 @contextmanager

@@ -118,12 +118,12 @@ class MetricsLog:
             health = fastpref.health(read_metrics(self.path))
             self.progress.write(f"step {self.step}: {health}")
 
-    def raise_if_too_bad(self) -> None:
-        """Raises: FloatingPointError, behind a checkpoint."""
+    def raise_if_too_bad(self, hint: str = "") -> None:
+        """Raises: FloatingPointError, behind a checkpoint; `hint` is what else may be the cause."""
         if self.too_bad:
             raise FloatingPointError(
                 f"loss or gradients were not finite for {self.longest} steps in a row, as was seen "
                 f"at step {self.step}; none of them changed the weights, which checkpoint-"
-                f"{self.step} holds. Lower --learning_rate or beta, or use bf16 or fp32; "
+                f"{self.step} holds. {hint}Lower --learning_rate or beta, or use bf16 or fp32; "
                 "--max_bad_steps says when to stop"
             )
