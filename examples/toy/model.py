@@ -16,10 +16,10 @@ from trainer.families.family import Family, denoiser_of
 from trainer.files import whole_folder
 
 SIZE = 32  # pixels; the VAE makes 16 x 16 latents of them
-# Noise schedules are made for 128 x 128 latents. The same noise hides a smaller picture more. So the
-# latents of DDPM's families stand out more here than SDXL's, which have a standard deviation of 1,
-# and flow matching spends its time at less noise: SD3's shift of 3 at 1024 pixels would by its own
-# rule, the root of the ratio of pixels, be .1 at 32.
+# Noise schedules are made for 128 x 128 latents, and the same noise hides a smaller picture more.
+# So the latents of DDPM's families stand out more here than SDXL's, whose standard deviation is 1,
+# and flow matching spends its time at less noise: by the rule that SD3's shift follows, the root of
+# the ratio of pixels, 3 at 1024 would be .1 at 32.
 LATENT_STD = {"sdxl": 4.0, "sd15": 4.0, "sd3": 1.0}
 
 

@@ -1,4 +1,5 @@
-"""What an entry settles before it imports anything heavy: package versions, and how threads wait.
+"""What an entry settles before it imports anything heavy: package versions, where fastpref is, and
+how threads wait.
 
 Import this first. Libraries that are older than pyproject.toml allows often fail in the middle of
 a run, with an error that does not mention versions. How OpenMP's threads wait can be set only
@@ -10,9 +11,11 @@ from __future__ import annotations
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
-PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
+ROOT = Path(__file__).resolve().parents[2]
+PYPROJECT = ROOT / "pyproject.toml"
 
 # Beside another busy process, idle threads that spin hold the core that the working thread needs:
 # on two cores a step of the demo took 17 times as long or more. A value set outside is kept.
@@ -40,5 +43,8 @@ def too_old(pyproject: Path = PYPROJECT) -> list[str]:
 
 if sys.version_info < (3, 11):  # noqa: UP036 - a checkout runs without having been installed
     sys.exit(f"Python >= 3.11 is needed ({sys.version.split()[0]} runs this)")
+for _name, _folder in (("fastpref", ROOT), ("fastpref_kernels", ROOT / "kernels")):
+    if find_spec(_name) is None:  # a checkout that is not installed
+        sys.path.append(str(_folder))
 if _found := too_old():
     sys.exit(f"this needs {', '.join(_found)}; pip install -e '.[train]' brings what is needed")

@@ -326,7 +326,7 @@ print("torch" in sys.modules)
 """
 
 
-@pytest.mark.parametrize("entry", ["demo.py", "train_sdxl.py", "generate.py"])
+@pytest.mark.parametrize("entry", ["demo.py", "train_sd3.py", "generate.py"])
 def test_an_old_version_is_named_before_anything_is_imported(entry: str) -> None:
     versions = {"transformers": "4.57.6", "peft": "0.14.0", "torch": "2.14.0.dev20260901+cu130"}
     message, imported = python(OLD.format(versions=versions, entry=entry)).splitlines()
@@ -335,6 +335,32 @@ def test_an_old_version_is_named_before_anything_is_imported(entry: str) -> None
     assert f"{needed['peft']} (0.14.0 is installed)" in message
     assert "torch" not in message  # a nightly build of a later release
     assert imported == "False"
+
+
+ENTRIES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+
+
+def test_entries_run_from_anywhere_without_being_installed(tmp_path: Path) -> None:
+    """With -S, site-packages counts only as a folder of packages, and no editable install does."""
+    site = next(path for path in sys.path if path.endswith("site-packages"))
+    env = {**os.environ, "PYTHONPATH": site}
+    script = "import importlib.util; print(importlib.util.find_spec('fastpref'))"
+    command = [sys.executable, "-S"]
+    found = subprocess.run(
+        [*command, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert found.stdout == "None\n"
+    running = {
+        entry: subprocess.Popen(
+            [*command, str(ROOT / "examples" / entry), "--help"], cwd=tmp_path, env=env,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for entry in ENTRIES
+    }  # fmt: skip
+    for entry, process in running.items():
+        out, error = process.communicate()
+        assert process.returncode == 0, error[-2000:]
+        assert f"usage: {entry}" in out
 
 
 def test_an_old_python_is_named() -> None:
