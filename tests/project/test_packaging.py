@@ -337,10 +337,7 @@ def test_an_old_version_is_named_before_anything_is_imported(entry: str) -> None
     assert imported == "False"
 
 
-ENTRIES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
-
-
-def test_entries_run_from_anywhere_without_being_installed(tmp_path: Path) -> None:
+def test_an_entry_runs_from_anywhere_without_being_installed(tmp_path: Path) -> None:
     """With -S, site-packages counts only as a folder of packages, and no editable install does."""
     site = next(path for path in sys.path if path.endswith("site-packages"))
     env = {**os.environ, "PYTHONPATH": site}
@@ -350,17 +347,10 @@ def test_entries_run_from_anywhere_without_being_installed(tmp_path: Path) -> No
         [*command, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert found.stdout == "None\n"
-    running = {
-        entry: subprocess.Popen(
-            [*command, str(ROOT / "examples" / entry), "--help"], cwd=tmp_path, env=env,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for entry in ENTRIES
-    }  # fmt: skip
-    for entry, process in running.items():
-        out, error = process.communicate()
-        assert process.returncode == 0, error[-2000:]
-        assert f"usage: {entry}" in out
+    command += [str(ROOT / "examples" / "train_sd3.py"), "--help"]
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "usage: train_sd3.py" in result.stdout
 
 
 def test_an_old_python_is_named() -> None:
