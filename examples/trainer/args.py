@@ -12,7 +12,13 @@ import torch
 from diffusers.optimization import SchedulerType
 
 from trainer.families.loading import DTYPES, VAE_DTYPES
-from trainer.losses import Objective, add_inversion_flags, add_loss_flags, inversion_options
+from trainer.losses import (
+    Objective,
+    add_inversion_flags,
+    add_loss_flags,
+    check_layout,
+    inversion_options,
+)
 from trainer.sampling import read_prompts
 
 
@@ -58,7 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
          help="pairs: a hub name, a parquet file or a folder of them, in Pick-a-Pic's columns; a "
          "folder with w/ and l/ and captions; or a .jsonl or .csv of winner, loser, caption")
     flag("--dataset_split_name", default="train", metavar="SPLIT", help="the split to train on")
-    flag("--image_columns", nargs=2, default=["jpg_0", "jpg_1"], metavar=("IMAGE_0", "IMAGE_1"),
+    flag("--image_columns", nargs="+", default=["jpg_0", "jpg_1"], metavar=("IMAGE_0", "IMAGE_1"),
          help="columns with the images: bytes, an Image feature, or paths")
     flag("--label_column", default="label_0", metavar="LABEL",
          help="column that is 1 where image 0 wins, 0 where it loses, 0.5 where nobody does")
@@ -266,6 +272,7 @@ def check_args(args: argparse.Namespace) -> None:
             f"--streaming came with --dataloader_num_workers {args.dataloader_num_workers}; need 0 "
             "or 1: several would change the order"
         )
+    check_layout(args)
     Objective(args)
     inversion_options(args)
 

@@ -26,7 +26,8 @@ from trainer.data.pairs import (
     bucket_sizes,
     nearest_buckets,
 )
-from trainer.data.sources import load_pairs, read_rows, settle_ties, survey
+from trainer.data.sources import load_pairs, read_rows, settle_ties
+from trainer.data.survey import survey
 
 NAMES = ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png")
 

@@ -1,4 +1,5 @@
-"""Pairs: rows turned into tensors, and into batches of one size, the same way in every run."""
+"""Pairs, samples and lists: rows turned into tensors, and into batches of one size, the same way in
+every run."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import numbers
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -19,11 +20,20 @@ from torch.utils.data import Sampler, get_worker_info
 from trainer.data.images import BadImage, Size, fit, open_image
 
 COLUMNS = ("jpg_0", "jpg_1", "label_0", "caption")
+# What an item is: a winner and a loser; one image, desirable or not; or k images with scores.
+Layout: TypeAlias = Literal["pairs", "samples", "lists"]
 ROW = "source_row"  # a row's number where it comes from, if something may have been left out since
 MAX_ENLARGEMENT = 1.05  # what an image may be scaled up by before a lower resolution is taken
 ATTEMPTS = 20  # bad pairs in a row before a run gives up
 # (epoch, index): all that the randomness of a sample depends on, with the seed
 Key = tuple[int, int]
+
+
+def images_of(columns: Iterable[str]) -> list[str]:
+    """The columns jpg_0, jpg_1, ... with an item's images, as many as there are."""
+    return list(
+        itertools.takewhile({*columns}.__contains__, map("jpg_{}".format, itertools.count()))
+    )
 
 
 def read_number(cell: Any, where: str) -> float:
@@ -77,11 +87,11 @@ def sizes_near(resolution: int, factor: int) -> list[Size]:
 
 
 def nearest_buckets(found: NDArray[np.int64], sizes: Sequence[Size]) -> NDArray[np.int64]:
-    """The bucket of each pair: an index into `sizes`, for `found` (N, 2, 2), the height and width
-    of both images.
+    """The bucket of each item: an index into `sizes`, for `found` (N, m, 2), the height and width
+    of its m images.
 
-    Its aspect is the nearest to the geometric mean of both; its resolution the largest that scales
-    neither image up by more than a few percent, or else the smallest.
+    Its aspect is the nearest to their geometric mean; its resolution the largest that scales none
+    of them up by more than a few percent, or else the smallest.
     """
     squares = sorted({height for height, width in sizes if height == width})
     # A bucket's resolution: the smallest square that is no smaller than it.
@@ -107,7 +117,7 @@ class Cached(Protocol):
     """Images and captions that were encoded before."""
 
     def image(self, index: int, side: int, flip: bool) -> Mapping[str, torch.Tensor]:
-        """The mean, std and time_ids of image `side` (0 or 1) of row `index`; else BadImage."""
+        """The mean, std and time_ids of image `side`, from 0, of row `index`; else BadImage."""
 
     def caption(self, text: str) -> Mapping[str, torch.Tensor] | None:
         """The embeddings of a caption by name, or None where captions are not kept."""
@@ -115,8 +125,11 @@ class Cached(Protocol):
 
 @dataclass(kw_only=True)
 class PairMaker:
-    """How a row becomes a pair of winner and loser, with everything random drawn from numbers."""
+    """How a row becomes a pair of winner and loser, a sample or a list, with everything random
+    drawn from numbers."""
 
+    layout: Layout = "pairs"
+    members: int = 2  # images of an item
     seed: int = 0
     random_crop: bool = False
     random_flip: bool = False
@@ -124,66 +137,106 @@ class PairMaker:
     proportion_empty_prompts: float = 0.0
     loser_caption_column: str | None = None
     score_columns: Sequence[str] | None = None
+    label_threshold: float | None = None  # about which a wrong label mirrors a sample's score
     sign_column: str | None = None
     cached: Cached | None = None
 
     def columns(self) -> list[str]:
         """What is read of a row: of one with cached images, not the images."""
         optional = [self.loser_caption_column, *(self.score_columns or ()), self.sign_column]
-        needed = [*COLUMNS, *(column for column in optional if column is not None)]
-        images = () if self.cached is None else ("jpg_0", "jpg_1")
-        return [column for column in dict.fromkeys(needed) if column not in images]
+        images = [f"jpg_{i}" for i in range(self.members)] if self.cached is None else []
+        label = [] if self.layout == "lists" else ["label_0"]
+        needed = [
+            *images,
+            *label,
+            "caption",
+            *(column for column in optional if column is not None),
+        ]
+        return list(dict.fromkeys(needed))
 
     def make(self, row: Mapping[str, Any], index: int, draw: Key, size: Size) -> dict[str, Any]:
-        """The pair as pixels_w/l (with `cached`, mean_w/l and std_w/l), time_ids_w/l, captions (one
-        for both, or the winner's and the loser's) with their text, embeddings by name, if these are
+        """The item as pixels_w/l (with `cached`, mean_w/l and std_w/l), time_ids_w/l, captions (one
+        for all, or the winner's and the loser's) with their text, embeddings by name, if these are
         cached, and a seed for its noise and timestep; score_w/l and sign if columns hold them.
+
+        Of a sample or list the suffixes are 0, 1, ...; a sample has its label.
         """
         # A wrong label stays wrong for the whole run, as in data: its draw knows no epoch.
-        flip_label = np.random.default_rng([self.seed, index]).random() < self.label_noise_prob
+        labels = np.random.default_rng([self.seed, index])
+        mislabelled = labels.random() < self.label_noise_prob
         rng = np.random.default_rng([self.seed, *draw])
         u, v, mirror, drop = rng.random(4)
         window = (u, v) if self.random_crop else (0.5, 0.5)
         mirror = bool(self.random_flip and mirror < 0.5)
-        winner = int((row["label_0"] == 1) == flip_label)
         number = row.get(ROW, index)
-        pair: dict[str, Any] = {"seed": int(rng.integers(2**63))}
-        for side, i in (("w", winner), ("l", 1 - winner)):
-            if self.cached is not None:
-                try:
-                    encoded = self.cached.image(index, i, mirror)
-                except BadImage as bad:
-                    raise BadImage(f"row {number}, column jpg_{i}", bad.reason) from bad
-                pair |= {f"{name}_{side}": encoded[name] for name in ("mean", "std", "time_ids")}
-            else:
-                image = open_image(row[f"jpg_{i}"], f"row {number}, column jpg_{i}")
-                pair[f"pixels_{side}"], pair[f"time_ids_{side}"] = fit(image, size, window, mirror)
-            if self.score_columns is not None:
-                column = self.score_columns[i]
-                pair[f"score_{side}"] = read_number(row[column], f"row {number}, column {column}")
+        item: dict[str, Any] = {"seed": int(rng.integers(2**63))}
+        for side, i in self.sides(row, mislabelled):
+            where = f"row {number}, column jpg_{i}"
+            item |= self.image(row, index, i, side, size, window, mirror, where)
+        if self.score_columns is not None:
+            item |= self.scores(row, number, mislabelled, labels)
+        if self.layout == "samples":
+            item["label"] = float((row["label_0"] == 1) != mislabelled)
         if self.sign_column is not None:
             where = f"row {number}, column {self.sign_column}"
-            pair["sign"] = read_number(row[self.sign_column], where)
+            item["sign"] = read_number(row[self.sign_column], where)
         columns = ["caption"]
         if self.loser_caption_column is not None:
             columns.append(self.loser_caption_column)
         captions = [read_text(row[column], f"row {number}, column {column}") for column in columns]
-        if flip_label:  # a caption stays with its image, as a score does
+        if mislabelled:  # a caption stays with its image, as a pair's score does
             captions.reverse()
         if drop < self.proportion_empty_prompts:
             captions = [""] * len(captions)
-        pair["captions"] = captions
+        item["captions"] = captions
         if self.cached is not None:
             texts = [self.cached.caption(caption) for caption in captions]
             known = [text for text in texts if text is not None]
             if len(known) == len(texts):
-                pair["text"] = known
-        return pair
+                item["text"] = known
+        return item
+
+    def sides(self, row: Mapping[str, Any], mislabelled: bool) -> list[tuple[str, int]]:
+        """The images in the order of the batch, by the suffixes of their tensors."""
+        if self.layout != "pairs":
+            return [(str(i), i) for i in range(self.members)]
+        winner = int((row["label_0"] == 1) == mislabelled)
+        return [("w", winner), ("l", 1 - winner)]
+
+    def image(
+        self, row: Mapping[str, Any], index: int, i: int, side: str, size: Size,
+        window: tuple[float, float], mirror: bool, where: str,
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        """The tensors of image `i`, opened or out of the cache."""
+        if self.cached is None:
+            pixels, time_ids = fit(open_image(row[f"jpg_{i}"], where), size, window, mirror)
+            return {f"pixels_{side}": pixels, f"time_ids_{side}": time_ids}
+        try:
+            encoded = self.cached.image(index, i, mirror)
+        except BadImage as bad:
+            raise BadImage(where, bad.reason) from bad
+        return {f"{name}_{side}": encoded[name] for name in ("mean", "std", "time_ids")}
+
+    def scores(
+        self, row: Mapping[str, Any], number: int, mislabelled: bool, rng: np.random.Generator
+    ) -> dict[str, float]:
+        """The images' scores. With a wrong label a pair's stay with their images, a sample's is on
+        the other side of the threshold, and a list's are shuffled."""
+        assert self.score_columns is not None
+        scores = [
+            read_number(row[column], f"row {number}, column {column}")
+            for column in self.score_columns
+        ]
+        if mislabelled and self.layout == "samples" and self.label_threshold is not None:
+            scores = [2 * self.label_threshold - score for score in scores]
+        if mislabelled and self.layout == "lists":
+            scores = [scores[i] for i in rng.permutation(len(scores))]
+        return {f"score_{side}": scores[i] for side, i in self.sides(row, mislabelled)}
 
 
 @dataclass(eq=False)
 class PreferencePairs(PairMaker, torch.utils.data.Dataset[dict[str, Any]]):
-    """The pairs of `rows`, by (epoch, index), each in the size of its bucket.
+    """The pairs, samples or lists of `rows`, by (epoch, index), each in the size of its bucket.
 
     `buckets` says which of `sizes` each row has; it may be left out where there is only one.
     """
