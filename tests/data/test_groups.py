@@ -134,8 +134,10 @@ def test_scores_of_a_pair_make_labels_of_its_samples(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["bytes", "feature", "paths", "columns", "rows"])
 def test_every_form_of_lists_gives_the_same_rows(form: str, tmp_path: Path) -> None:
     pictures = [[30 * i + 10 * j for j in range(3)] for i in range(4)]
-    lists = [{"images": [*map(png, some)], "scores": scores, "caption": f"c{i}"}
-             for i, (some, scores) in enumerate(zip(pictures, SCORES, strict=True))]  # fmt: skip
+    lists: list[dict[str, Any]] = [
+        {"images": [*map(png, some)], "scores": scores, "caption": f"c{i}"}
+        for i, (some, scores) in enumerate(zip(pictures, SCORES, strict=True))
+    ]
     options: dict[str, Any] = {}
     name: str | Path = tmp_path / "lists.jsonl"
     if form == "bytes":

@@ -18,6 +18,7 @@ from test_many_processes import FLAGS, assert_same_run, train_by_two
 
 import demo
 import fastpref
+from fastpref.outputs import SampleOutput
 from small_run import Train, argv, assert_same_weights, family_of, seeing, unet_of
 from toy.photo_pairs import write_photo_groups
 from trainer.args import parse_args
@@ -140,6 +141,7 @@ def test_the_step_is_the_loss_by_hand(
         assert score[0].tolist() != score[1].tolist()
         wanted = fastpref.rankdpo_loss(pred, target, ref, score, beta=10.0)
     torch.testing.assert_close(out.loss, wanted.loss, rtol=1e-4, atol=1e-6)
+    assert isinstance(out, SampleOutput)
     torch.testing.assert_close(out.errors, wanted.errors, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(out.margin, wanted.margin, rtol=1e-3, atol=1e-4)
     assert out.margin.abs().max() > 1e-3
