@@ -27,6 +27,7 @@ from trainer.args import check_resolutions
 from trainer.card import push, write_card
 from trainer.checkpoints import Checkpoints, keep_only_what_learns
 from trainer.data.batches import Collator, Draws
+from trainer.data.buckets import bucket_sizes
 from trainer.data.cache import release
 from trainer.data.check import check_data
 from trainer.data.images import Size
@@ -40,7 +41,6 @@ from trainer.data.loader import (
     tell_refused,
     train_rows,
 )
-from trainer.data.pairs import bucket_sizes
 from trainer.evaluate import HeldOut
 from trainer.export import save_trained
 from trainer.families.family import Encoders, Family

@@ -25,10 +25,12 @@ from toy.tiny import tiny_sdxl
 from trainer.data.batches import Collator, Draws
 from trainer.data.cache import build_cache
 from trainer.data.check import check_data
-from trainer.data.groups import Source, check_shares, read_groups
+from trainer.data.groups import read_groups
 from trainer.data.images import open_image
+from trainer.data.lists import check_shares
 from trainer.data.pairs import PreferencePairs, images_of
 from trainer.data.survey import survey
+from trainer.data.tables import Source
 from trainer.families.family import Encoders
 from trainer.families.sdxl import SDXL
 

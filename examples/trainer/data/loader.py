@@ -19,11 +19,13 @@ from tqdm.auto import tqdm
 
 from trainer.data.batches import Collator
 from trainer.data.cache import build_cache
-from trainer.data.groups import Source, check_shares, read_groups
+from trainer.data.groups import read_groups
 from trainer.data.images import Size
+from trainer.data.lists import check_shares
 from trainer.data.pairs import PairBatches, PreferencePairs, StreamedPairs, images_of
 from trainer.data.sources import has_splits, read_rows, settle_ties
 from trainer.data.survey import survey
+from trainer.data.tables import Source
 from trainer.families.family import Encoders, Family
 from trainer.families.loading import VAE_DTYPES
 from trainer.losses import layout_of

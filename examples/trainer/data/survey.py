@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from trainer.data.buckets import nearest_buckets
 from trainer.data.images import BadImage, Size, open_image, read_size
-from trainer.data.pairs import ROW, images_of, nearest_buckets
+from trainer.data.pairs import ROW, images_of
 
 
 @dataclass(frozen=True)
