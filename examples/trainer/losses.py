@@ -30,7 +30,7 @@ LOSSES: dict[str, Callable[..., Output]] = {
     name.removesuffix("_loss"): function
     for module in MODULES
     for name, function in sorted(vars(importlib.import_module(module)).items())
-    if name.endswith("_loss") and function.__module__ == module
+    if name.endswith("_loss") and name[0] != "_" and function.__module__ == module
 }
 INVERSIONS: dict[str, Callable[..., inversion.Inverted]] = {
     "ddim": inversion.ddim_inversion,
@@ -293,7 +293,8 @@ class Objective:
             model_pred, target = by_prompt(model_pred, lists), by_prompt(target, lists)
             if ref_pred is not None:
                 options["ref_pred"] = by_prompt(ref_pred, lists)
-        if self.gathers and torch.distributed.is_initialized():
+        spread = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self.gathers and spread:
             with torch.no_grad():
                 before = self.loss(model_pred.detach(), target, **options, kl=0.0)
             assert isinstance(before, SampleOutput)
