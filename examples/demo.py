@@ -42,7 +42,8 @@ RECIPES = {
     "mapo": Recipe("MaPO", "train", 600, "0.5"),
     "kto": Recipe(
         "KTO", "samples", 300, "0.5",
-        ("--loss", "kto", "--beta", "1000", "--learning_rate", "1e-3", "--train_batch_size", "24"),
+        ("--loss", "kto", "--beta", "20", "--lambda_undesirable", "0.5", "--learning_rate", "1e-3",
+         "--train_batch_size", "24"),
     ),
     "rankdpo": Recipe(
         "RankDPO", "lists", 300, "1",
