@@ -47,7 +47,8 @@ RECIPES = {
     ),
     "rankdpo": Recipe(
         "RankDPO", "lists", 300, "1",
-        ("--loss", "rankdpo", "--beta", "100", "--learning_rate", "1e-3", "--train_batch_size", "6"),
+        ("--loss", "rankdpo", "--beta", "100", "--learning_rate", "1e-3",
+         "--train_batch_size", "6"),
     ),
 }  # fmt: skip
 
