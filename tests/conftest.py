@@ -31,11 +31,11 @@ NEEDS = {
     **dict.fromkeys(
         (
             "test_args.py", "test_bench_step.py", "test_cache.py", "test_evaluate.py",
-            "test_export.py", "test_families.py", "test_generate.py", "test_images_and_pairs.py",
-            "test_many_processes.py", "test_monitor.py", "test_original_layout.py",
-            "test_readme.py", "test_resume_safety.py", "test_sampling.py", "test_signals.py",
-            "test_single_file.py",
-            "test_sources.py", "test_tiny.py", "test_train_options.py", "test_train_sdxl.py",
+            "test_export.py", "test_families.py", "test_generate.py", "test_groups.py",
+            "test_images_and_pairs.py", "test_many_processes.py", "test_monitor.py",
+            "test_original_layout.py", "test_readme.py", "test_resume_safety.py",
+            "test_sampling.py", "test_signals.py", "test_single_file.py", "test_sources.py",
+            "test_tiny.py", "test_train_groups.py", "test_train_options.py", "test_train_sdxl.py",
         ),
         TRAINER,
     ),

@@ -6,7 +6,7 @@ import argparse
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
@@ -14,13 +14,38 @@ from transformers.utils import logging as transformers_logging
 import trainer.loop
 from toy.figures import plot_grid, plot_scores, score_table
 from toy.model import SIZE, make_model
-from toy.photo_pairs import write_photo_pairs
+from toy.photo_pairs import write_photo_groups, write_photo_pairs
 from trainer.args import parse_args as parse_training_args
 from trainer.data.sources import load_pairs
 from trainer.entry import Parser
 from trainer.evaluate import score_pairs
 from trainer.families.all import FAMILIES
 from trainer.families.family import Family
+
+
+class Recipe(NamedTuple):
+    """A loss that the demo shows, and how."""
+
+    title: str
+    split: str  # that it is trained on
+    steps: int
+    shuffled: str  # --label_noise_prob of labels that say nothing
+    flags: tuple[str, ...] = ()
+
+
+RECIPES = {
+    "mapo": Recipe("MaPO", "train", 600, "0.5"),
+    "kto": Recipe(
+        "KTO", "samples", 300, "0.5",
+        ("--loss", "kto", "--beta", "20", "--lambda_undesirable", "0.5", "--learning_rate", "1e-3",
+         "--train_batch_size", "24"),
+    ),
+    "rankdpo": Recipe(
+        "RankDPO", "lists", 300, "1",
+        ("--loss", "rankdpo", "--beta", "100", "--learning_rate", "1e-3",
+         "--train_batch_size", "6"),
+    ),
+}  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,6 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument
     flag("--output_dir", default="demo", help="everything is left here; remove it to start afresh")
     flag("--family", choices=list(FAMILIES), default="sdxl", help="of the model")
+    flag("--loss", choices=list(RECIPES), default="mapo", help="what is shown to learn")
     flag("--controls", action="store_true", help="a third run: SFT, on the winners alone")
     flag("--train_pairs", type=int, default=6000, help="pairs to train on")
     flag("--heldout_pairs", type=int, default=192, help="pairs of unseen photographs to score")
@@ -43,8 +69,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     flag("--vae_steps", type=int, default=300, help="to fit the VAE")
     flag("--base_steps", type=int, default=200, help="to make the base model")
-    flag("--max_train_steps", type=int, default=600, help="of MaPO, and of a control")
-    return parser.parse_args(argv)
+    flag("--max_train_steps", type=int, help="of the loss, and of a control [MaPO 600, else 300]")
+    args = parser.parse_args(argv)
+    args.max_train_steps = args.max_train_steps or RECIPES[args.loss].steps
+    return args
 
 
 def train(
@@ -78,9 +106,8 @@ def train(
     argv = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     pipeline = output_dir / "pipeline"
     if not pipeline.exists():
-        trainer.loop.main(
-            parse_training_args([*argv, *flags], FAMILIES[args.family]), FAMILIES[args.family]
-        )
+        family = FAMILIES[args.family]
+        trainer.loop.main(parse_training_args([*argv, *flags], family), family)
     return pipeline
 
 
@@ -104,6 +131,9 @@ def main(args: argparse.Namespace) -> None:
 
     if not (data / "heldout.parquet").exists():
         write_photo_pairs(data, args.train_pairs, args.heldout_pairs, SIZE, args.seed)
+    recipe = RECIPES[args.loss]
+    if not (data / f"{recipe.split}.parquet").exists():
+        write_photo_groups(data, args.train_pairs, args.train_pairs // 4, SIZE, args.seed)
     train_rows = load_pairs(str(data), "train", cache_dir=str(data / "cache"))
     heldout = load_pairs(str(data), "heldout", cache_dir=str(data / "cache"))
 
@@ -115,12 +145,15 @@ def main(args: argparse.Namespace) -> None:
                  "--loss", "sft", "--label_noise_prob", "0.5")  # fmt: skip
     captions = list(dict.fromkeys(heldout["caption"]))
     painted = ["--validation_prompts", *captions, "--validation_steps", "300"]
-    mapo = train(args, base, folder, args.max_train_steps, *painted)
-    pipelines = {"base": base, "MaPO": mapo}
+    result = folder if args.loss == "mapo" else folder / args.loss
+    flags = [*recipe.flags, "--dataset_split_name", recipe.split]
+    trained = train(args, base, result, args.max_train_steps, *flags, *painted)
+    pipelines = {"base": base, recipe.title: trained}
     # The same run on labels that say nothing: what rises here too does not come from preference.
     pipelines["shuffled labels"] = train(
-        args, base, folder / "shuffled", args.max_train_steps, "--label_noise_prob", "0.5"
-    )
+        args, base, result / "shuffled", args.max_train_steps, *flags,
+        "--label_noise_prob", recipe.shuffled,
+    )  # fmt: skip
     if args.controls:
         pipelines["SFT on winners"] = train(
             args, base, folder / "sft", args.max_train_steps, "--loss", "sft"
@@ -131,16 +164,16 @@ def main(args: argparse.Namespace) -> None:
         for name, path in pipelines.items()
     }
     text = score_table(scores)
-    (folder / "table.txt").write_text(text + "\n")
-    plot_scores(scores, folder / "scores.png")
-    before, after = load(family, base), load(family, mapo)
-    plot_grid(before, after, heldout, folder / "grid.png")
+    (result / "table.txt").write_text(text + "\n")
+    plot_scores(scores, result / "scores.png")
+    before, after = load(family, base), load(family, trained)
+    plot_grid(before, after, heldout, result / "grid.png", recipe.title)
     print(
         f"\n{text}\n\naccuracy = share of pairs and timesteps where the photograph is denoised "
         "with the smaller error;\n± = standard error over pairs; change = paired with the base.\n"
         "A model this small paints texture rather than pictures: in grid.png before and after "
         "differ little;\nthe table and scores.png show what was learned.\n"
-        f"{folder}/ holds pipeline, checkpoint-*, curves.png (held-out pairs in it), scores.png, "
+        f"{result}/ holds pipeline, checkpoint-*, curves.png (held-out pairs in it), scores.png, "
         f"grid.png, validation/ and table.txt "
         f"({time.monotonic() - began:.0f} s)."
     )

@@ -80,6 +80,7 @@ def plot_grid(
     after: Any,
     rows: Dataset,
     picture: Path,
+    loss: str = "MaPO",
     per_kind: int = 2,
 ) -> None:
     """Held-out pairs of each kind, and the loser as repainted by the model before and after."""
@@ -99,7 +100,7 @@ def plot_grid(
         "photograph (winner)": winners,
         "degraded (loser)": losers,
         "loser repainted by the base": repaint(before, losers, captions),
-        "loser repainted after MaPO": repaint(after, losers, captions),
+        f"loser repainted after {loss}": repaint(after, losers, captions),
     }
     title = "Held-out photographs, noised to t = 400 and painted again"
     write_grid(columns, kinds, picture, side=128, title=title)

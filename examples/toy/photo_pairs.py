@@ -1,4 +1,4 @@
-"""Pairs made of real photographs that ship in Python packages: a crop, and a degraded copy."""
+"""Data of real photographs that come without a network: crops, and how to spoil them."""
 
 from __future__ import annotations
 
@@ -53,37 +53,44 @@ def load_photograph(name: str) -> Image.Image:
     )
 
 
-def jpeg(crop: Image.Image, rng: np.random.Generator) -> Image.Image:
+def jpeg(crop: Image.Image, rng: np.random.Generator, quality: float | None = None) -> Image.Image:
     """Blocks and ringing: JPEG at a quality between 1 and 6."""
     buffer = io.BytesIO()
-    crop.save(buffer, "JPEG", quality=int(rng.integers(1, 7)))
+    crop.save(buffer, "JPEG", quality=int(quality or rng.integers(1, 7)))
     return Image.open(buffer).convert("RGB")
 
 
-def blur(crop: Image.Image, rng: np.random.Generator) -> Image.Image:
+def blur(crop: Image.Image, rng: np.random.Generator, radius: float | None = None) -> Image.Image:
     """A Gaussian blur of 1.2 to 2.5 pixels."""
-    return crop.filter(ImageFilter.GaussianBlur(rng.uniform(1.2, 2.5)))
+    return crop.filter(ImageFilter.GaussianBlur(radius or rng.uniform(1.2, 2.5)))
 
 
-def noise(crop: Image.Image, rng: np.random.Generator) -> Image.Image:
+def noise(crop: Image.Image, rng: np.random.Generator, levels: float | None = None) -> Image.Image:
     """Sensor noise of 35 to 70 grey levels."""
     pixels = np.asarray(crop, dtype=np.float64)
-    pixels = pixels + rng.normal(0.0, rng.uniform(35, 70), pixels.shape)
+    pixels = pixels + rng.normal(0.0, levels or rng.uniform(35, 70), pixels.shape)
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 
 
-def banding(crop: Image.Image, rng: np.random.Generator) -> Image.Image:
+def banding(crop: Image.Image, rng: np.random.Generator, steps: float | None = None) -> Image.Image:
     """Posterised to 2 or 3 levels per channel."""
-    steps = int(rng.integers(1, 3))
+    steps = int(steps or rng.integers(1, 3))
     pixels = np.asarray(crop, dtype=np.float32) / 255 * steps
     return Image.fromarray((pixels.round() / steps * 255).astype(np.uint8))
 
 
-DEGRADATIONS: dict[str, Callable[[Image.Image, np.random.Generator], Image.Image]] = {
+DEGRADATIONS: dict[str, Callable[..., Image.Image]] = {
     "jpeg": jpeg,
     "blur": blur,
     "noise": noise,
     "banding": banding,
+}
+# How much of each makes a list, the least first; the last is about what the losers of pairs have.
+LADDERS = {
+    "jpeg": (25, 10, 3),
+    "blur": (0.6, 1.1, 2.0),
+    "noise": (12, 25, 50),
+    "banding": (8, 4, 2),
 }
 
 
@@ -104,16 +111,24 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def make_pair(
-    name: str, caption: str, photograph: Image.Image, kind: str, size: int, rng: np.random.Generator
-) -> dict[str, object]:
-    """One Pick-a-Pic row: the crop wins against its degraded copy, on a side drawn by chance."""
+def crop_and_loser(
+    photograph: Image.Image, kind: str, size: int, rng: np.random.Generator
+) -> tuple[Image.Image, Image.Image]:
+    """A crop that is not flat, and its degraded copy."""
     for _ in range(100):
         winner = random_crop(photograph, size, rng)
         loser = DEGRADATIONS[kind](winner, rng)
         difference = np.asarray(winner, np.float32) - np.asarray(loser, np.float32)
         if np.abs(difference).mean() >= MIN_DIFFERENCE:
             break
+    return winner, loser
+
+
+def make_pair(
+    name: str, caption: str, photograph: Image.Image, kind: str, size: int, rng: np.random.Generator
+) -> dict[str, object]:
+    """One Pick-a-Pic row: the crop wins against its degraded copy, on a side drawn by chance."""
+    winner, loser = crop_and_loser(photograph, kind, size, rng)
     winner_first = bool(rng.integers(2))
     sides = [(png(winner), "photograph"), (png(loser), kind)]
     (jpg_0, model_0), (jpg_1, model_1) = sides if winner_first else sides[::-1]
@@ -129,8 +144,37 @@ def make_pair(
     }
 
 
-def make_pairs(photographs: dict[str, str], count: int, size: int, seed: int) -> pa.Table:
-    """`count` pairs that go evenly through the photographs and the kinds of degradation."""
+def make_sample(
+    name: str, caption: str, photograph: Image.Image, kind: str, size: int, rng: np.random.Generator
+) -> dict[str, object]:
+    """One image with a label: a crop is desirable, or it is degraded, by chance."""
+    crop, degraded = crop_and_loser(photograph, kind, size, rng)
+    label = bool(rng.integers(2))
+    image = png(crop if label else degraded)
+    return {"caption": caption, "image": image, "label": label, "photograph": name}
+
+
+def make_list(
+    name: str, caption: str, photograph: Image.Image, kind: str, size: int, rng: np.random.Generator
+) -> dict[str, object]:
+    """A crop and three copies, the further degraded the lower their score, shuffled."""
+    crop, _ = crop_and_loser(photograph, kind, size, rng)
+    images = [crop, *(DEGRADATIONS[kind](crop, rng, amount) for amount in LADDERS[kind])]
+    order = rng.permutation(len(images))
+    scores = np.linspace(1, 0, len(images))
+    return {
+        "caption": caption,
+        "images": [png(images[i]) for i in order],
+        "scores": [float(scores[i]) for i in order],
+        "photograph": name,
+    }
+
+
+def make_rows(
+    photographs: dict[str, str], count: int, size: int, seed: int,
+    make: Callable[..., dict[str, object]] = make_pair,
+) -> pa.Table:  # fmt: skip
+    """`count` rows that go evenly through the photographs and the kinds of degradation."""
     opened = [(name, caption, load_photograph(name)) for name, caption in photographs.items()]
     kinds = list(DEGRADATIONS)
     rows = []
@@ -138,7 +182,7 @@ def make_pairs(photographs: dict[str, str], count: int, size: int, seed: int) ->
         name, caption, photograph = opened[i % len(opened)]
         kind = kinds[(i // len(opened)) % len(kinds)]
         rng = np.random.default_rng([seed, i])
-        rows.append(make_pair(name, caption, photograph, kind, size, rng))
+        rows.append(make(name, caption, photograph, kind, size, rng))
     return pa.Table.from_pylist(rows)
 
 
@@ -164,11 +208,22 @@ def write_photo_pairs(
         ("train", train, seen, 2 * seed),
         ("heldout", heldout, unseen, 2 * seed + 1),
     ):
-        pairs = make_pairs(photographs, count, size, split_seed)
+        pairs = make_rows(photographs, count, size, split_seed)
         with whole_file(output_dir / f"{split}.parquet") as aside:
             pq.write_table(pairs, aside)
         names = ", ".join(Path(name).stem for name in photographs)
         print(f"{split}: {count} pairs of {size} px from {len(photographs)} photographs: {names}")
+
+
+def write_photo_groups(
+    output_dir: str | Path, samples: int = 6000, lists: int = 1500, size: int = 64, seed: int = 0
+) -> None:
+    """Write samples.parquet, single images with labels, and lists.parquet, lists of four with
+    scores, of the photographs that pairs are trained on."""
+    seen, _ = split_photographs(seed)
+    for split, count, make in (("samples", samples, make_sample), ("lists", lists, make_list)):
+        with whole_file(Path(output_dir) / f"{split}.parquet") as aside:
+            pq.write_table(make_rows(seen, count, size, 2 * seed, make), aside)
 
 
 def main(argv: list[str] | None = None) -> None:

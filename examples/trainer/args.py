@@ -69,7 +69,7 @@ class DataArguments:
         help="pairs: a hub name, a parquet file or a folder of them, in Pick-a-Pic's columns; a "
         "folder with w/ and l/ and captions; or a .jsonl or .csv of winner, loser, caption")
     dataset_split_name: str = arg("train", metavar="SPLIT", help="the split to train on")
-    image_columns: list[str] = arg(["jpg_0", "jpg_1"], metavar=("IMAGE_0", "IMAGE_1"),
+    image_columns: list[str] = arg(["jpg_0", "jpg_1"], metavar="IMAGE",
         help="columns with the images: bytes, an Image feature, or paths")
     label_column: str = arg("label_0", metavar="LABEL",
         help="column that is 1 where image 0 wins, 0 where it loses, 0.5 where nobody does")

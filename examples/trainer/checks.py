@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate.tracking import get_available_trackers
 
-from trainer.losses import Objective, inversion_options
+from trainer.losses import Objective, check_layout, inversion_options
 
 PACKAGES = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}  # that optimizers need
 POSITIVE = (
@@ -69,6 +69,7 @@ def check_args(args: Any) -> None:
         )
     check_optimizer(args)
     check_tracker(args)
+    check_layout(args)
     Objective(args)
     inversion_options(args)
 

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 
+import fastpref
 from trainer.data.batches import Collator
 from trainer.data.pairs import PreferencePairs
 from trainer.families.family import Encoders, Family, denoiser_of, encoders_of
@@ -189,6 +190,7 @@ def score_encoded(
             noise = torch.stack([fixed_noise(seed, index, k, shape) for index in batch])
             drawn = {"noise": noise, "timesteps": times[k].expand(len(batch))}
             out = training_step(family, models, objective, made | drawn)
+            assert isinstance(out, fastpref.LossOutput)
             outs.append(torch.stack([out.mse_w, out.mse_l, out.margin], dim=-1))
         scored |= zip(batch, torch.stack(outs, dim=1), strict=True)
     return scored

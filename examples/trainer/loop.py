@@ -1,7 +1,8 @@
 """The training run, from the flags to the saved result: `train` is the algorithm.
 
-All that is random about a pair (crop, flip, noise, timestep) is drawn from the seed, the epoch and
-the pair's index, so a run does not depend on workers, batch layout, or having been interrupted.
+All that is random about a pair, sample or list (crop, flip, noise, timestep) is drawn from the
+seed, the epoch and its index, so a run does not depend on workers, batch layout, or having been
+interrupted.
 (Two exceptions: --inversion_eta draws by batch, and --aspect_buckets fills batches by size.)
 """
 
@@ -26,6 +27,7 @@ from trainer.card import push, write_card
 from trainer.checkpoints import Checkpoints, keep_only_what_learns
 from trainer.checks import check_resolutions
 from trainer.data.batches import Collator, Draws
+from trainer.data.buckets import bucket_sizes
 from trainer.data.cache import release
 from trainer.data.check import check_data
 from trainer.data.images import Size
@@ -39,7 +41,6 @@ from trainer.data.loader import (
     tell_refused,
     train_rows,
 )
-from trainer.data.pairs import bucket_sizes
 from trainer.evaluate import HeldOut
 from trainer.export import save_trained
 from trainer.families.family import DTYPES, Encoders, Family
@@ -91,7 +92,8 @@ def train(args: TrainingArguments, family: Family, stop: Stop) -> None:
     data = load_data(args, family, accelerator, sizes, rows, rows_heldout, encoders)
     heldout = hold_out(args, family, accelerator, data, encoders)
     sampler = prompt_sampler(args, family, accelerator, encoders)
-    collate = Collator(family, encoders.tokenizers, draws_of(family, scheduler, encoders))
+    draws = draws_of(family, scheduler, encoders, data.noises)
+    collate = Collator(family, encoders.tokenizers, draws)
 
     # The model: it learns in fp32, or adapters do; what is frozen is kept in less.
     pairs_per_step = (
@@ -123,7 +125,7 @@ def train(args: TrainingArguments, family: Family, stop: Stop) -> None:
         with accelerator.accumulate(*learner.models.values()):
             out = training_step(family, models, objective, batch)
             lr, grad_norm, skipped = learner.step(out.loss)
-        log.note(out.metrics())
+        log.note(objective.metrics(out, batch))
         if not accelerator.sync_gradients:
             continue
         log.end_step(lr, grad_norm, skipped)
@@ -183,7 +185,7 @@ def report_data(args: TrainingArguments, accelerator: Accelerator, sizes: list[S
         report = check_data(
             rows, sizes, Path(args.output_dir), ties=args.ties,
             workers=args.dataloader_num_workers, max_samples=args.max_train_samples,
-            max_refused=args.max_refused, **options(args),
+            max_refused=args.max_refused, **options(args, rows),
         )  # fmt: skip
         print(report)
 
@@ -196,10 +198,10 @@ def read_data(args: TrainingArguments, accelerator: Accelerator) -> tuple[Rows, 
         return train_rows(args), heldout_rows(args)
 
 
-def draws_of(family: Family, scheduler: Any, encoders: Encoders) -> Draws:
+def draws_of(family: Family, scheduler: Any, encoders: Encoders, noises: int = 1) -> Draws:
     config = encoders.vae.config
     factor = 2 ** (len(config.block_out_channels) - 1)
-    return Draws(family, scheduler, config.latent_channels, factor)
+    return Draws(family, scheduler, config.latent_channels, factor, noises)
 
 
 def hold_out(

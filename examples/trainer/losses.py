@@ -1,30 +1,38 @@
-"""fastpref's losses and inversions by name: their arguments, and what each needs of a pair."""
+"""fastpref's losses and inversions by name: their arguments, and what each needs of the data."""
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, make_dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 import fastpref
 from fastpref import dispatch, grouped, inversion
+from fastpref.outputs import SampleOutput
 from trainer.config import arg
 from trainer.families.family import Family
-from trainer.families.process import min_snr
+from trainer.families.process import min_snr, repeated
 
+Layout: TypeAlias = Literal["pairs", "samples", "lists"]
 Functions: TypeAlias = Mapping[str, Callable[..., Any]]
 
-LOSSES: dict[str, Callable[..., fastpref.LossOutput]] = {
+Output: TypeAlias = fastpref.LossOutput | SampleOutput
+MODULES: dict[str, Layout] = {
+    f"{fastpref.losses.__name__}.{layout}": layout for layout in ("pairs", "samples", "lists")
+}
+LOSSES: dict[str, Callable[..., Output]] = {
     name.removesuffix("_loss"): function
-    for name, function in sorted(vars(fastpref.losses.pairs).items())
-    if name.endswith("_loss") and function.__module__ == fastpref.losses.pairs.__name__
+    for module in MODULES
+    for name, function in sorted(vars(importlib.import_module(module)).items())
+    if name.endswith("_loss") and name[0] != "_" and function.__module__ == module
 }
 INVERSIONS: dict[str, Callable[..., inversion.Inverted]] = {
     "ddim": inversion.ddim_inversion,
@@ -42,10 +50,13 @@ OPTIONS = {
     "prior_weight": "weight of the loser's error, which is pulled down",
     "huber_c": "where errors turn from quadratic to linear",
     "logit_scale": "factor on the margin",
+    "utility": "kto: variant of the loss",
 }
 # Flags from which another argument of the loss is made.
 SOURCES = {
-    "score_columns": ("prob", "delta"),
+    "score_columns": ("prob", "delta", "score", "label", "real"),
+    "label_threshold": ("threshold", "label", "real"),
+    "list_size": ("lengths",),
     "score_range": ("prob",),
     "sign_column": ("sign",),
 }
@@ -54,6 +65,11 @@ INVERSION_OPTIONS = {
     "inversion_evals": "num_evals",
     "inversion_eta": "eta",
 }
+
+
+def layout_of(loss: str) -> Layout:
+    """What the loss is trained on."""
+    return MODULES[LOSSES[loss].__module__]
 
 
 def parameters(function: Callable[..., Any]) -> dict[str, Any]:
@@ -70,7 +86,9 @@ def parameters(function: Callable[..., Any]) -> dict[str, Any]:
 def described(function: Callable[..., Any], name: str) -> str:
     """The first clause of what a function's docstring says of an argument."""
     text = inspect.cleandoc(function.__doc__ or "")
-    found = re.search(rf"^    {name}: (.+?)[.;](?:\s|$)", text, re.MULTILINE | re.DOTALL)
+    found = re.search(
+        rf"^    (?:\w+, )*{name}(?:, \w+)*: (.+?)[.;](?:\s|$)", text, re.MULTILINE | re.DOTALL
+    )
     return " ".join(found[1].split()).replace("%", "%%") if found else ""
 
 
@@ -106,7 +124,7 @@ def option_field(name: str, text: str) -> tuple[str, Any, Any]:
     """The flag of a loss's option, with the losses' own defaults in brackets."""
     defaults = {loss: parameters(function).get(name) for loss, function in LOSSES.items()}
     own = ", ".join(f"{loss} {value}" for loss, value in defaults.items() if value is not None)
-    kind = str if name == "loss_type" else float
+    kind = str if name in ("loss_type", "utility") else float
     return name, kind | None, arg(None, f"{text} [{own}]" if own else text)
 
 
@@ -116,12 +134,21 @@ LossArguments: Any = make_dataclass(
     [
         ("loss", str, arg("mapo", choices=list(LOSSES),
          help="one of fastpref's, where each is documented; sft, the winners alone, is the usual "
-         "control")),
+         "control. "
+         + "; ".join(f"{', '.join(name for name in LOSSES if layout_of(name) == layout)} train on "
+                     f"{text}" for layout, text in (("samples", "single images with labels"),
+                                                    ("lists", "lists of images with scores"))))),
         *(option_field(name, text) for name, text in OPTIONS.items()),
-        ("score_columns", list[str] | None, arg(None, metavar=("SCORE_0", "SCORE_1"),
+        ("score_columns", list[str] | None, arg(None, metavar="SCORE",
          help="columns with the scores of jpg_0 and jpg_1: for smpo a reward, for capo a "
          "calibrated one, from 0 to 1; a score stays with its image where label noise flips a "
-         "label")),
+         "label. On samples, the column of the score [score]; on lists, that of the list's scores "
+         "[scores], of each image's where they are rows [score], or one for each image column")),
+        ("label_threshold", float | None, arg(None, metavar="SCORE",
+         help="on samples: from this score on, one is desirable; without it, a column says so. "
+         "tgo needs it, such as the median of all scores")),
+        ("list_size", int | None, arg(None, metavar="K",
+         help="on lists: images in each, where the data have one image a row")),
         ("score_range", list[float] | None, arg(None, metavar=("LOW", "HIGH"),
          help="smpo: the reward's range over the data [PickScore's on Pick-a-Pic]")),
         ("sign_column", str | None, arg(None, metavar="SIGN",
@@ -170,8 +197,25 @@ def objective_of(loss: str, scheduler: Any = None, **options: Any) -> Objective:
     return Objective(args, scheduler=scheduler)
 
 
+def check_layout(args: argparse.Namespace) -> None:
+    """Raise a ValueError for flags that only pairs have a use for."""
+    layout = layout_of(args.loss)
+    for flag in ("streaming", "loser_caption_column"):
+        if layout != "pairs" and getattr(args, flag):
+            raise ValueError(
+                f"--{flag} came with --loss {args.loss}, which trains on {layout}; need a loss on "
+                "pairs"
+            )
+    if layout == "pairs" and len(args.score_columns or "12") != 2:
+        raise ValueError(f"--score_columns are {args.score_columns}; need two, of jpg_0 and jpg_1")
+    if layout == "samples" and args.score_columns and args.label_threshold is None:
+        raise ValueError("--score_columns came without --label_threshold; need both, of samples")
+    if args.list_size is not None and not 2 <= args.list_size <= 16:
+        raise ValueError(f"--list_size is {args.list_size}; need 2 to 16")
+
+
 class Objective:
-    """The loss that the flags ask for, and how its pairs get their noise.
+    """The loss that the flags ask for, and how what it trains on gets its noise.
 
     needs_reference: the loss compares with a frozen model. inverts: noisy latents are found by the
     model itself.
@@ -190,9 +234,11 @@ class Objective:
                 )
         for flag in OPTIONS:
             check_taken(args, flag, "loss", LOSSES, flag)
+        check_taken(args, "snr_gamma", "loss", LOSSES, "sample_weight")
         for flag, names in SOURCES.items():
             check_taken(args, flag, "loss", LOSSES, *names)
         self.loss, self.impl = LOSSES[args.loss], args.loss_impl
+        self.layout = layout_of(args.loss)
         self.score_range = dict(zip(("low", "high"), args.score_range or (), strict=False))
         self.takes = {*parameters(self.loss)}
         given = {name: getattr(args, name) for name in OPTIONS}
@@ -204,6 +250,10 @@ class Objective:
             self.options["paired"] = True
         if {"prob", "delta"} & self.takes and args.score_columns is None:
             raise ValueError(f"--loss {args.loss} needs --score_columns")
+        if "threshold" in self.takes and args.label_threshold is None:
+            raise ValueError(f"--loss {args.loss} needs --label_threshold")
+        self.threshold = args.label_threshold
+        self.gathers = False  # kto's kl over all processes: not in the trial below
         self.snr_gamma = args.snr_gamma
         self.inverts = args.inversion != "none"
         self.inversion = INVERSIONS.get(args.inversion)
@@ -212,7 +262,9 @@ class Objective:
         # follows the latents to their device.
         self.scheduler = copy.deepcopy(scheduler) if self.inverts else None
         # The loss knows best which values are good: ask it with a pair of zeros, before training.
-        pair, batch = torch.zeros(2, 1), {"scores": torch.zeros(2)}
+        pair = torch.zeros(2, 1)
+        batch = {"scores": torch.zeros(2), "labels": torch.tensor([1.0, 0.0])}
+        batch["timesteps"] = torch.zeros(1)
         self.needs_reference = False
         try:
             try:
@@ -222,18 +274,19 @@ class Objective:
                 self(pair, pair, pair, batch, impl="torch")
         except (TypeError, ValueError) as error:
             raise ValueError(f"--loss {args.loss}: {error}") from error
+        self.gathers = "kl" in self.takes and "kl" not in self.options
 
     def invert(
         self, model: inversion.Model, latents: Tensor, timesteps: Tensor, seeds: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """Noisy latents and targets, (2B, ...) both, where each image's noise is the one that the
-        model itself finds in it at the pair's timestep (B,), which is on the host."""
+        """Noisy latents and targets, (mB, ...) both, where each image's noise is the one that the
+        model itself finds in it at the timestep (B,) that a pair shares, which is on the host."""
         assert self.inversion is not None
         options = dict(self.inversion_options)
         if options.get("eta"):  # of a stream that Draws has not drawn from
             options["generator"] = torch.Generator().manual_seed(seeds[0] + 1)
-        both = torch.cat([timesteps, timesteps])
-        return self.inversion(model, latents, both, self.scheduler, **options)
+        every = repeated(timesteps, latents)
+        return self.inversion(model, latents, every, self.scheduler, **options)
 
     def weight(self, scheduler: Any, timesteps: Tensor) -> Tensor | None:
         """The weights of the pairs' errors, if --snr_gamma asks for some."""
@@ -247,20 +300,59 @@ class Objective:
         batch: Mapping[str, Any],
         sample_weight: Tensor | None = None,
         impl: str | None = None,
-    ) -> fastpref.LossOutput:
-        """The loss of a batch; what it takes of each pair is made of the batch's columns."""
-        of_pairs: dict[str, Tensor] = {}
-        if ref_pred is not None:
-            of_pairs["ref_pred"] = ref_pred
-        if sample_weight is not None:
-            of_pairs["sample_weight"] = sample_weight
+    ) -> Output:
+        """The loss of a batch; what it takes of each item is made of the batch's columns."""
+        given = {"ref_pred": ref_pred, "sample_weight": sample_weight}
+        options = self.options | {name: value for name, value in given.items() if value is not None}
+        options |= {"impl": impl or self.impl} | getattr(self, f"of_{self.layout}")(batch)
+        if self.layout == "lists":  # which are wanted with the images of a prompt in a row
+            lists = len(batch["timesteps"])
+            model_pred, target = by_prompt(model_pred, lists), by_prompt(target, lists)
+            if ref_pred is not None:
+                options["ref_pred"] = by_prompt(ref_pred, lists)
+        spread = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self.gathers and spread:
+            with torch.no_grad():
+                before = self.loss(model_pred.detach(), target, **options, kl=0.0)
+            assert isinstance(before, SampleOutput)
+            options["kl"] = fastpref.batch_kl(before.drops)
+        return self.loss(model_pred, target, **options)
+
+    def of_pairs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What the loss takes of each pair."""
+        found: dict[str, Tensor] = {}
         if "prob" in self.takes:
             scores = batch["scores"].chunk(2)
-            of_pairs["prob"] = fastpref.smoothed_preference(*scores, **self.score_range)
+            found["prob"] = fastpref.smoothed_preference(*scores, **self.score_range)
         if "delta" in self.takes:
             score_w, score_l = batch["scores"].chunk(2)
-            of_pairs["delta"] = score_w - score_l
+            found["delta"] = score_w - score_l
         if "sign" in batch:
-            of_pairs["sign"] = batch["sign"]
-        options = self.options | of_pairs | {"impl": impl or self.impl}
-        return self.loss(model_pred, target, **options)
+            found["sign"] = batch["sign"]
+        return found
+
+    def of_samples(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What the loss takes of each sample."""
+        known = {"label": batch["labels"], "real": batch["labels"], "score": batch.get("scores")}
+        known["threshold"] = self.threshold
+        return {name: value for name, value in known.items() if name in self.takes}
+
+    def of_lists(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What the loss takes of each list: its scores, (B, k)."""
+        return {"score": batch["scores"].view(-1, len(batch["timesteps"])).T}
+
+    def metrics(self, out: Output, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The loss's own, and of samples those of either kind: its share of them, and its drop,
+        summed up and over the number of all, so that it can be averaged before it is divided."""
+        metrics = out.metrics()
+        if isinstance(out, SampleOutput) and self.layout == "samples":
+            desirable = batch["labels"].to(out.drops, non_blocking=True)
+            for kind, label in (("desirable", desirable), ("undesirable", 1 - desirable)):
+                metrics[kind] = label.mean()
+                metrics[f"drop_{kind}"] = (label * out.drops).mean()
+        return metrics
+
+
+def by_prompt(values: Tensor, lists: int) -> Tensor:
+    """The values of B lists' images, all first ones first, with those of each list in a row."""
+    return values.unflatten(0, (-1, lists)).transpose(0, 1).flatten(0, 1)

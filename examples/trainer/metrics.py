@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 import fastpref
 from trainer.files import whole_file
 
-SHOWN = ("loss", "margin", "accuracy", "mse_w", "mse_l")
+SHOWN = ("loss", "margin", "accuracy", "mse_w", "mse_l", "error", "drop")
+KINDS = ("desirable", "undesirable")  # of samples: their shares, which their drops are a part of
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -40,6 +41,29 @@ def truncate_metrics(path: Path, step: int) -> None:
     rows = [row for row in read_metrics(path) if row["step"] <= step]
     with whole_file(path) as aside:
         append_metrics(aside, rows) if rows else aside.touch()
+
+
+def divide(row: dict[str, Any]) -> None:
+    """Make means over the samples of either kind of sums over all; without any, there is none."""
+    for kind in KINDS:
+        if kind in row:
+            total, share = row.pop(f"drop_{kind}"), row.pop(kind)
+            row |= {f"drop_{kind}": total / share} if share else {}
+
+
+def health_of(rows: list[dict[str, Any]]) -> str:
+    """What the curves so far look like: of pairs as fastpref reads them, else in figures."""
+    if not rows or "mse_w" in rows[-1]:
+        return str(fastpref.health(rows))
+    part = max(1, len(rows) // 5)
+    told = []
+    for name in ("margin", "accuracy", "drop", *(f"drop_{kind}" for kind in KINDS)):
+        first, last = (
+            [row[name] for row in some if name in row] for some in (rows[:part], rows[-part:])
+        )
+        if first and last:
+            told.append(f"{name} {sum(first) / len(first):.3g} -> {sum(last) / len(last):.3g}")
+    return ", ".join(told)
 
 
 class MetricsLog:
@@ -90,6 +114,8 @@ class MetricsLog:
             {"step": first + i, "lr": lr, **dict(zip(names, values, strict=True))}
             for i, (lr, values) in enumerate(zip(self.unread_lrs, means, strict=True))
         ]
+        for row in rows:
+            divide(row)
         self.unread.clear()
         self.unread_lrs.clear()
         if self.accelerator.is_main_process:
@@ -99,7 +125,7 @@ class MetricsLog:
             self.longest = max(self.longest, self.bad_in_row)
             self.skipped += bool(row["skipped"])
             self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
-        shown = {name: f"{rows[-1][name]:.3g}" for name in SHOWN}
+        shown = {name: f"{rows[-1][name]:.3g}" for name in SHOWN if name in rows[-1]}
         self.progress.set_postfix(shown | ({"skipped": self.skipped} if self.skipped else {}))
 
     @property
@@ -115,8 +141,7 @@ class MetricsLog:
     def say_health(self) -> None:
         """Print what the curves so far look like."""
         if self.accelerator.is_main_process:
-            health = fastpref.health(read_metrics(self.path))
-            self.progress.write(f"step {self.step}: {health}")
+            self.progress.write(f"step {self.step}: {health_of(read_metrics(self.path))}")
 
     def raise_if_too_bad(self, hint: str = "") -> None:
         """Raises: FloatingPointError, behind a checkpoint; `hint` is what else may be the cause."""

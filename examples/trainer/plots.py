@@ -27,8 +27,13 @@ MARGIN = 8  # pixels between the parts of a grid
 LABEL_WIDTH = 220
 
 
-def draw(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
-    """A pale line of the values, and a strong one of their running mean over a twentieth."""
+def draw(axes: Axes, rows: list[dict[str, Any]], name: str, color: str, label: str) -> None:
+    """A pale line of the values that the rows have, and a strong one of their running mean over a
+    twentieth."""
+    rows = [row for row in rows if name in row]
+    if not rows:
+        return
+    steps, values = (np.array([row[key] for row in rows], dtype=float) for key in ("step", name))
     window = max(1, len(values) // 20)
     axes.plot(steps, values, color=color, alpha=0.22, linewidth=0.8)
     weights = np.ones(window)
@@ -74,34 +79,50 @@ def plot_curves(metrics: Path, picture: Path, title: str = "", heldout: Path | N
     if not rows:
         return
     held = read_metrics(heldout) if heldout is not None else []
-    column = {name: np.array([row[name] for row in rows], dtype=float) for name in rows[0]}
-    steps = column["step"]
     figure, grid = plt.subplots(2, 2, figsize=(9, 5.6), constrained_layout=True)
-    draw(grid[0, 0], steps, column["loss"], BLUE, "loss")
+    draw(grid[0, 0], rows, "loss", BLUE, "loss")
     tidy(grid[0, 0], "loss")
-    draw(grid[0, 1], steps, column["mse_w"], BLUE, "winner (mse_w)")
-    draw(grid[0, 1], steps, column["mse_l"], RED, "loser (mse_l)")
-    if "ref_mse_w" in column:
-        draw(grid[0, 1], steps, column["ref_mse_w"], PALE_BLUE, "reference on winner")
-        draw(grid[0, 1], steps, column["ref_mse_l"], PALE_RED, "reference on loser")
-    dots(grid[0, 1], held, "mse_w", DARK_BLUE, "held-out winner")
-    dots(grid[0, 1], held, "mse_l", DARK_RED, "held-out loser")
-    grid[0, 1].legend(frameon=False, fontsize=8)
-    tidy(grid[0, 1], "denoising error")
-    draw(grid[1, 0], steps, column["margin"], BLUE, "margin")
-    grid[1, 0].axhline(0, color=GREY, linewidth=0.8, linestyle="--")
-    tidy(grid[1, 0], "margin (above 0: the preferred one wins)")
-    draw(grid[1, 1], steps, column["accuracy"], BLUE, "accuracy")
+    draw_errors(grid[0, 1], rows, held)
+    draw_margin(grid[1, 0], rows)
+    draw(grid[1, 1], rows, "accuracy", BLUE, "accuracy")
     dots(grid[1, 1], held, "accuracy", DARK_BLUE, "held-out: mse_w < mse_l")
     dots(grid[1, 1], held, "accuracy_ref", OCHRE, "held-out, against the base")
     if held:
         grid[1, 1].legend(frameon=False, fontsize=8)
     grid[1, 1].axhline(0.5, color=GREY, linewidth=0.8, linestyle="--")
     grid[1, 1].set_ylim(0, 1)
-    tidy(grid[1, 1], "accuracy (share of pairs with margin > 0)")
+    what = "pairs" if "mse_w" in rows[0] else "samples or lists"
+    tidy(grid[1, 1], f"accuracy (share of {what} with margin > 0)")
     if title:
         figure.suptitle(title, fontsize=11)
     save_figure(figure, picture)
+
+
+def draw_errors(axes: Axes, rows: list[dict[str, Any]], held: list[dict[str, Any]]) -> None:
+    """The errors of winners and losers, or of all samples."""
+    draw(axes, rows, "mse_w", BLUE, "winner (mse_w)")
+    draw(axes, rows, "mse_l", RED, "loser (mse_l)")
+    draw(axes, rows, "ref_mse_w", PALE_BLUE, "reference on winner")
+    draw(axes, rows, "ref_mse_l", PALE_RED, "reference on loser")
+    draw(axes, rows, "error", BLUE, "all images")
+    draw(axes, rows, "ref_error", PALE_BLUE, "reference on all images")
+    dots(axes, held, "mse_w", DARK_BLUE, "held-out winner")
+    dots(axes, held, "mse_l", DARK_RED, "held-out loser")
+    axes.legend(frameon=False, fontsize=8)
+    tidy(axes, "denoising error")
+
+
+def draw_margin(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """The margin; of samples with labels, how either kind's error has changed."""
+    axes.axhline(0, color=GREY, linewidth=0.8, linestyle="--")
+    if any("drop_desirable" in row for row in rows):
+        draw(axes, rows, "drop_desirable", BLUE, "desirable")
+        draw(axes, rows, "drop_undesirable", RED, "undesirable")
+        axes.legend(frameon=False, fontsize=8)
+        tidy(axes, "error above the reference's (below 0: better)")
+        return
+    draw(axes, rows, "margin", BLUE, "margin")
+    tidy(axes, "margin (above 0: the preferred one wins)")
 
 
 @functools.cache

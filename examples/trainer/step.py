@@ -10,11 +10,11 @@ import torch
 from accelerate.utils import extract_model_from_parallel, send_to_device
 from torch import Tensor
 
-import fastpref
 from trainer.families.family import Encoders, Family
+from trainer.families.process import repeated
 from trainer.families.vae import encode_images
 from trainer.lora import without_adapters
-from trainer.losses import Objective
+from trainer.losses import Objective, Output
 
 
 class Models(NamedTuple):
@@ -30,15 +30,16 @@ class Models(NamedTuple):
 
 def training_step(
     family: Family, models: Models, objective: Objective, batch: Mapping[str, Any]
-) -> fastpref.LossOutput:
+) -> Output:
     """The loss of a batch, as `Collator` stacks it, on the device of the denoiser.
 
-    Both images of a pair see the same timestep and noise, unless --inversion finds them its own.
+    Both images of a pair see the same timestep and noise, unless --inversion finds them its own;
+    all images of a list see the same timestep.
     """
     host_timesteps = batch["timesteps"]
     device = next(models.denoiser.parameters()).device
     batch = send_to_device(batch, device, non_blocking=True)
-    timesteps = torch.cat([batch["timesteps"], batch["timesteps"]])
+    timesteps = repeated(batch["timesteps"], batch["time_ids"])
     text_encoders = models.encoders.text_encoders
     with torch.set_grad_enabled(models.text_learns and torch.is_grad_enabled()):
         condition = condition_of(family, batch, text_encoders)
@@ -64,8 +65,8 @@ def training_step(
 
 
 def latents_of(batch: Mapping[str, Any], vae: Any) -> Tensor:
-    """The latents (2B, ...) of a batch's images: as they come, or a sample of the VAE's posterior
-    with the pairs' own noise."""
+    """The latents (mB, ...) of a batch's images: as they come, or a sample of the VAE's posterior
+    with noise that a pair or list shares."""
     if "latents" in batch:
         latents: Tensor = batch["latents"]
         return latents
@@ -73,23 +74,24 @@ def latents_of(batch: Mapping[str, Any], vae: Any) -> Tensor:
         mean, std = batch["mean"], batch["std"]
     else:
         mean, std = encode_images(vae, batch["pixels"])
-    return mean + std * torch.cat([batch["vae_noise"], batch["vae_noise"]])
+    return mean + std * repeated(batch["vae_noise"], mean)
 
 
 def condition_of(
     family: Family, batch: Mapping[str, Any], text_encoders: Sequence[Any]
 ) -> dict[str, Any]:
-    """What the denoiser gets beside noisy latents and timesteps, for all images (2B, ...)."""
+    """What the denoiser gets beside noisy latents and timesteps, for all images (mB, ...)."""
     if "text" in batch:
         text = batch["text"]
     else:
         text = family.encode_text(text_encoders, batch["input_ids"])
-    samples = len(batch["time_ids"])
+    time_ids = batch["time_ids"]
+    # A pair may share its caption.
     text = {
-        name: torch.cat([values, values]) if len(values) < samples else values
-        for name, values in text.items()  # a pair may share its caption
+        name: repeated(values, time_ids) if len(values) < len(time_ids) else values
+        for name, values in text.items()
     }
-    return family.condition(text, batch["time_ids"])
+    return family.condition(text, time_ids)
 
 
 def reference(

@@ -30,14 +30,13 @@ from toy.photo_pairs import (
     write_photo_pairs,
 )
 from toy.tiny import byte_tokenizer, tiny_sdxl
+from trainer.data.buckets import bucket_sizes, nearest_buckets
 from trainer.data.images import BadImage, Size, fit, open_image, read_size
 from trainer.data.pairs import (
     PairBatches,
     PairStream,
     PreferencePairs,
     StreamedPairs,
-    bucket_sizes,
-    nearest_buckets,
 )
 
 SQUARE = [(16, 16)]

@@ -17,16 +17,16 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from toy.photo_pairs import load_photograph
+from trainer.data.buckets import bucket_sizes, nearest_buckets
 from trainer.data.check import check_data
 from trainer.data.images import open_image
 from trainer.data.pairs import (
     PairBatches,
     PreferencePairs,
     StreamedPairs,
-    bucket_sizes,
-    nearest_buckets,
 )
-from trainer.data.sources import load_pairs, read_rows, settle_ties, survey
+from trainer.data.sources import load_pairs, read_rows, settle_ties
+from trainer.data.survey import survey
 
 NAMES = ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png")
 

@@ -84,7 +84,7 @@ def test_help_shows_groups_and_each_flag_once(capsys: pytest.CaptureFixture[str]
     flat = " ".join(text.split())
     for part in (
         "--learning_rate LEARNING_RATE after warm-up (MaPO) (default: 1e-05)",
-        "--image_columns IMAGE_0 IMAGE_1 columns",
+        "--score_range LOW HIGH smpo",
         "--random_flip, --no-random_flip mirror half of the pairs (MaPO) (default: True)",
         "--beta BETA strength of the preference [budget_dpo 5000.0,",
     ):
@@ -99,7 +99,7 @@ def test_help_shows_groups_and_each_flag_once(capsys: pytest.CaptureFixture[str]
         (["--learning", "3"], "unrecognized arguments: --learning 3"),
         (["--streaming", "maybe"], "unrecognized arguments: maybe"),
         (["--learning_rate", "fast"], "argument --learning_rate: invalid float value: 'fast'"),
-        (["--image_columns", "a"], "argument --image_columns: expected 2 arguments"),
+        (["--score_range", "1"], "argument --score_range: expected 2 arguments"),
         (["--loss", "ppo"], "argument --loss: invalid choice: 'ppo'"),
         (["--lr_scheduler", "piecewise_constant"], "argument --lr_scheduler: invalid choice"),
         (["--config", "a", "--config", "b"], "--config came 2 times; need one file"),
@@ -192,8 +192,8 @@ def test_a_file_comes_before_defaults_and_after_the_command_line(tmp_path: Path)
         ("streaming: maybe", "streaming is maybe; need true or false"),
         ("streaming: [true]", "streaming is true; need one value"),
         ("loss: ppo", "loss is ppo; need one of budget_dpo, capo"),
-        ("image_columns: [a]", "image_columns is a; need a list of 2 values"),
-        ("image_columns: a", "image_columns is a; need a list of 2 values"),
+        ("score_range: [1]", "score_range is 1; need a list of 2 values"),
+        ("score_range: 1", "score_range is 1; need a list of 2 values"),
         ("resolution: []", "resolution is no value; need a list of values"),
         ("resolution: [1, [2]]", "resolution is 1; need a list of values"),
         ("seed: -1", "--seed is -1; need 0 or more"),

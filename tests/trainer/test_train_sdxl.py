@@ -34,18 +34,19 @@ from trainer.data.sources import load_pairs
 from trainer.families.loading import frozen_copy
 from trainer.families.sdxl import SDXL
 from trainer.files import whole_folder
-from trainer.losses import INVERSIONS, LOSSES, OPTIONS, Objective
+from trainer.losses import INVERSIONS, LOSSES, OPTIONS, Objective, layout_of
 from trainer.metrics import append_metrics, read_metrics, truncate_metrics
 
+PAIRS = [loss for loss in LOSSES if layout_of(loss) == "pairs"]  # the others: test_groups.py
 # What a loss cannot do without.
-TAKES = {loss: {*inspect.signature(function).parameters} for loss, function in LOSSES.items()}
+TAKES = {loss: {*inspect.signature(LOSSES[loss]).parameters} for loss in PAIRS}
 NEEDED: dict[str, dict[str, Any]] = {
     loss: SCORES for loss, takes in TAKES.items() if takes & {"prob", "delta"}
 }
 COLUMN_FLAGS = ("score_columns", "sign_column")
 OWN_FLAGS = {  # the numbers that a loss is called with in test_losses.py, where each is a flag
     loss: dict(oracles.FORMULAS[loss].call)
-    for loss in LOSSES
+    for loss in PAIRS
     if loss in oracles.FORMULAS and {*oracles.FORMULAS[loss].call} <= {*OPTIONS}
 }
 REFERENCED = {loss for loss, takes in TAKES.items() if "ref_pred" in takes} - {"pso"}  # by default
@@ -126,7 +127,7 @@ def test_fused_and_plain_losses_trace_the_same_curve(train: Train, loss: str) ->
 @pytest.mark.parametrize(
     ("loss", "flags"),
     [
-        *((loss, {}) for loss in LOSSES),
+        *((loss, {}) for loss in PAIRS),
         ("pso", {"loss_type": "sigmoid"}),
         ("dpo", {"loss_type": "exo_pair", "label_smoothing": 0.1}),
         ("dpo", {"mixed_precision": "bf16", "gradient_checkpointing": True}),

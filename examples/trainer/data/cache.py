@@ -43,6 +43,7 @@ from trainer.data.images import (
     path_of,
     refuse,
 )
+from trainer.data.pairs import images_of
 from trainer.data.shards import (
     IMAGE_TENSORS,
     KEY_BYTES,
@@ -86,7 +87,7 @@ def fingerprint(modules: Sequence[Any], dtype: torch.dtype, settings: Mapping[st
 
 def undecoded(rows: datasets.Dataset) -> datasets.Dataset:
     """The images of `rows`, and nothing else, as they lie on disk."""
-    rows = rows.select_columns(["jpg_0", "jpg_1"])
+    rows = rows.select_columns(images_of(rows.column_names))
     for name, feature in rows.features.items():
         if isinstance(feature, datasets.Image):
             rows = rows.cast_column(name, datasets.Image(decode=False))
@@ -108,15 +109,16 @@ def content(cell: Any, where: str) -> bytes:
     return digest(str(image.size).encode(), image.tobytes())
 
 
-def where_is(cell: int) -> str:
-    """How messages name the image number `cell`, counted along the rows, two in each."""
-    return f"row {cell // 2}, column jpg_{cell % 2}"
+def where_is(cell: int, members: int) -> str:
+    """How messages name the image number `cell`, counted along the rows, `members` in each."""
+    return f"row {cell // members}, column jpg_{cell % members}"
 
 
 def image_keys(
     rows: datasets.Dataset, recipes: Sequence[Sequence[bytes]], accelerator: Accelerator
 ) -> tuple[Keys, dict[int, str]]:
-    """Keys (len(rows), 2, flips, KEY_BYTES) of all images; and why some have none, by their number.
+    """Keys (len(rows), members, flips, KEY_BYTES) of all images; and why some have none, by their
+    number.
 
     `recipes` says for each row what is done with an image, once for each flip. Each process hashes
     its part of the rows in threads, and all get all the keys.
@@ -124,15 +126,16 @@ def image_keys(
     share = np.array_split(np.arange(len(rows)), accelerator.num_processes)
     mine = share[accelerator.process_index].tolist()
     refused: dict[int, str] = {}
+    members = len(rows.column_names)
 
     def hash_rows(some: list[int]) -> list[bytes]:
         images = rows[some[0] : some[-1] + 1]
         keys = []
         for place, row in enumerate(some):
-            for side in range(2):
-                cell = 2 * row + side
+            for side in range(members):
+                cell = members * row + side
                 try:
-                    read = content(images[f"jpg_{side}"][place], where_is(cell))
+                    read = content(images[f"jpg_{side}"][place], where_is(cell, members))
                 except BadImage as error:
                     refused[cell], read = error.reason, f"refused {cell}".encode()
                 keys += [digest(read, recipe) for recipe in recipes[row]]
@@ -155,7 +158,7 @@ def image_keys(
     everyone = gather_object([(own, refused)])
     refused = {cell: reason for _, some in everyone for cell, reason in some.items()}
     return np.concatenate([keys for keys, _ in everyone]).reshape(
-        len(rows), 2, -1, KEY_BYTES
+        len(rows), members, -1, KEY_BYTES
     ), refused
 
 
@@ -221,13 +224,15 @@ class Pictures(torch.utils.data.Dataset[Any]):
         buckets: npt.NDArray[Any], flips: int,
     ) -> None:  # fmt: skip
         self.rows, self.sizes, self.buckets, self.flips = rows, sizes, buckets, flips
+        self.members = len(rows.column_names)
 
     def __getitem__(self, item: int) -> tuple[int, Tensor, Tensor] | tuple[int, str]:
         """The item with its pixels and time ids, or with why there are none."""
         cell, flip = divmod(item, self.flips)
-        row, side = divmod(cell, 2)
+        row, side = divmod(cell, self.members)
+        where = where_is(cell, self.members)
         try:
-            image = open_image(self.rows[row][f"jpg_{side}"], where_is(cell))
+            image = open_image(self.rows[row][f"jpg_{side}"], where)
             size = self.sizes[int(self.buckets[row])]
             return item, *fit(image, size, CENTRE, bool(flip))
         except BadImage as error:
@@ -265,7 +270,7 @@ def encode_missing_images(
 ) -> dict[int, str]:  # fmt: skip
     """Write this process's share of the items `missing`; returns why images were refused."""
     batches: list[list[int]] = []  # of one size each
-    of_bucket = pictures.buckets[missing // (2 * pictures.flips)]
+    of_bucket = pictures.buckets[missing // (pictures.members * pictures.flips)]
     for bucket in np.unique(of_bucket):
         some = missing[of_bucket == bucket].tolist()
         batches += [some[i : i + batch_size] for i in range(0, len(some), batch_size)]
@@ -360,9 +365,10 @@ class CachedPairs:
 
     def image(self, index: int, side: int, flip: bool = False) -> dict[str, Tensor]:
         """mean and std (fp32) of the latents of row `index`'s jpg_`side`, and its time_ids."""
-        cell = 2 * index + side
+        members = self.places.shape[1]
+        cell = members * index + side
         if cell in self.refused:
-            raise BadImage(where_is(cell), self.refused[cell])
+            raise BadImage(where_is(cell, members), self.refused[cell])
         if int(flip) >= self.places.shape[2]:
             raise ValueError(f"flip={flip}: the cache was built with random_flip=False")
         mean, std, time_ids = self._read(self.places[index, side, int(flip)], IMAGE_TENSORS[1:])
@@ -466,7 +472,7 @@ def build_cache(
             np.concatenate([flat[image_items], text_keys[text_items]]),
             np.concatenate(
                 [
-                    np.array(bucket_bytes)[buckets[image_items // (2 * flips)]],
+                    np.array(bucket_bytes)[buckets[image_items // (keys.shape[1] * flips)]],
                     np.full(len(text_items), text_bytes),
                 ]
             ),
@@ -501,7 +507,8 @@ def build_cache(
 def open_cache(
     folder: Path, keys: Keys, refused: Mapping[int, str], texts: Sequence[str], text_keys: Keys
 ) -> CachedPairs:
-    """The items of images, (rows, 2, flips, KEY_BYTES), and of `texts`, all of which must be there.
+    """The items of images, (rows, members, flips, KEY_BYTES), and of `texts`, all of which must be
+    there.
 
     What was refused once is refused wherever else the same image occurs."""
     flat = sortable(keys[:, :, 0].reshape(-1, KEY_BYTES))
@@ -511,7 +518,7 @@ def open_cache(
         found = read_folder(folder)
         places, text_places = found.places(keys), found.places(text_keys)
         absent = np.flatnonzero((places[..., 0] < 0).any(axis=-1)).tolist()
-        lost = [where_is(cell) for cell in absent if flat[cell] not in known]
+        lost = [where_is(cell, keys.shape[1]) for cell in absent if flat[cell] not in known]
         lost += [f"caption {texts[i]!r}" for i in np.flatnonzero(text_places[:, 0] < 0).tolist()]
         if not lost:
             break

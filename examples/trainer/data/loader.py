@@ -19,42 +19,73 @@ from tqdm.auto import tqdm
 from trainer.args import TrainingArguments
 from trainer.data.batches import Collator
 from trainer.data.cache import build_cache
+from trainer.data.groups import read_groups
 from trainer.data.images import Size
-from trainer.data.pairs import PairBatches, PreferencePairs, StreamedPairs
-from trainer.data.sources import has_splits, read_rows, settle_ties, survey
+from trainer.data.lists import check_shares
+from trainer.data.pairs import PairBatches, PreferencePairs, StreamedPairs, images_of
+from trainer.data.sources import has_splits, read_rows, settle_ties
+from trainer.data.survey import survey
+from trainer.data.tables import Source
 from trainer.families.family import VAE_DTYPES, Encoders, Family
+from trainer.losses import layout_of
 from trainer.signals import leave_signals_to_parent
 
 Rows: TypeAlias = Dataset | IterableDataset
 
 
-def options(args: TrainingArguments) -> dict[str, Any]:
-    """What the flags say about making a pair for training."""
+def options(args: TrainingArguments, rows: Rows) -> dict[str, Any]:
+    """What the flags say about making a pair, sample or list for training."""
     names = (
         "seed", "random_crop", "random_flip", "label_noise_prob", "proportion_empty_prompts",
-        "loser_caption_column", "score_columns", "sign_column",
+        "loser_caption_column", "score_columns", "sign_column", "label_threshold",
     )  # fmt: skip
-    return {name: getattr(args, name) for name in names}
+    making = {name: getattr(args, name) for name in names} | {"layout": layout_of(args.loss)}
+    if making["layout"] != "pairs":
+        making["members"] = len(images_of(rows.column_names))
+        scores = [f"score_{i}" for i in range(making["members"])]
+        making["score_columns"] = scores if scores[0] in rows.column_names else None
+    return making
 
 
 def all_rows(
     args: TrainingArguments, name: str, split: str, extra: Sequence[str | None] = (),
     streaming: bool = False,
 ) -> Rows:  # fmt: skip
-    """The rows of a data set, ties and all."""
+    """The pairs of a data set, ties and all."""
+    columns: dict[str, Any] = {
+        "image_columns": args.image_columns, "label_column": args.label_column,
+    }  # fmt: skip
     return read_rows(
         name, split, args.cache_dir,
         [column for column in (args.loser_caption_column, *extra) if column],
-        image_columns=args.image_columns, label_column=args.label_column,
+        # Those of samples and lists are not those of the held-out pairs beside them.
+        **(columns if len(args.image_columns) == 2 else {}),
         caption_column=args.caption_column, streaming=streaming,
     )  # fmt: skip
 
 
 def train_rows(args: TrainingArguments, ties_too: bool = False) -> Rows:
     """The rows to train on."""
+    layout = layout_of(args.loss)
+    if layout != "pairs":
+        groups = read_groups(layout, source_of(args))
+        if args.loss == "rankdpo":
+            check_shares(groups, args.loss)
+        return groups.select(range(min(len(groups), args.max_train_samples or len(groups))))
     extra = [*(args.score_columns or ()), args.sign_column]
     rows = all_rows(args, args.dataset_name, args.dataset_split_name, extra, args.streaming)
     return rows if ties_too else settle_ties(rows, args.ties, args.seed, args.max_train_samples)
+
+
+def source_of(args: TrainingArguments) -> Source:
+    """The source of samples or lists that the flags name."""
+    names = (
+        "cache_dir", "image_columns", "label_column", "caption_column", "label_threshold",
+        "list_size", "ties", "seed",
+    )  # fmt: skip
+    told = {name: getattr(args, name) for name in names}
+    told |= {"name": args.dataset_name, "split": args.dataset_split_name}
+    return Source(score_columns=args.score_columns or (), **told)
 
 
 def heldout_rows(args: TrainingArguments) -> Rows | None:
@@ -71,12 +102,14 @@ def heldout_rows(args: TrainingArguments) -> Rows | None:
 
 
 class Data(NamedTuple):
-    """What a run is trained on, pairs or a stream of rows, and the pairs it is scored with."""
+    """What a run is trained on (pairs, samples, lists, a stream of rows), and the pairs it is
+    scored with."""
 
     train: PreferencePairs | IterableDataset
     heldout: PreferencePairs | None
     sizes: Sequence[Size]
-    pairs: int  # to train on; 0 for a stream, whose length nobody knows
+    pairs: int  # to train on, or samples or lists; 0 for a stream, whose length nobody knows
+    noises: int = 1  # of each pair or sample; of a list, one for each image
 
 
 def load_data(
@@ -86,14 +119,15 @@ def load_data(
     """The rows as pairs, but for a stream."""
     train: Any = rows
     if not args.streaming:
-        train = make_pairs(args, family, accelerator, rows, sizes, encoders, **options(args))
+        train = make_pairs(args, family, accelerator, rows, sizes, encoders, **options(args, rows))
     heldout = None
     if rows_heldout is not None:
         heldout = make_pairs(
             args, family, accelerator, rows_heldout, sizes, encoders, seed=args.seed,
             loser_caption_column=args.loser_caption_column,
         )  # fmt: skip
-    return Data(train, heldout, sizes, 0 if args.streaming else len(train))
+    noises = train.members if layout_of(args.loss) == "lists" else 1
+    return Data(train, heldout, sizes, 0 if args.streaming else len(train), noises)
 
 
 def make_pairs(
@@ -147,7 +181,7 @@ def make_loader(
         return DataLoader(data.train, batch_sampler=ours, **loading)
     stream = StreamedPairs(
         data.train, data.sizes[0], rank=process, world=processes, start=pairs_seen,
-        batch_size=args.train_batch_size, **options(args),
+        batch_size=args.train_batch_size, **options(args, data.train),
     )  # fmt: skip
     return DataLoader(stream, batch_size=args.train_batch_size, **loading)
 

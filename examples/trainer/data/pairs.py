@@ -1,4 +1,5 @@
-"""Pairs: rows turned into tensors, and into batches of one size, the same way in every run."""
+"""Pairs, samples and lists: rows turned into tensors, and into batches of one size, the same way in
+every run."""
 
 from __future__ import annotations
 
@@ -17,13 +18,21 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler, get_worker_info
 
 from trainer.data.images import BadImage, Size, fit, open_image
+from trainer.losses import Layout
 
 COLUMNS = ("jpg_0", "jpg_1", "label_0", "caption")
+# What an item is: a winner and a loser; one image, desirable or not; or k images with scores.
 ROW = "source_row"  # a row's number where it comes from, if something may have been left out since
-MAX_ENLARGEMENT = 1.05  # what an image may be scaled up by before a lower resolution is taken
 ATTEMPTS = 20  # bad pairs in a row before a run gives up
 # (epoch, index): all that the randomness of a sample depends on, with the seed
 Key = tuple[int, int]
+
+
+def images_of(columns: Iterable[str]) -> list[str]:
+    """The columns jpg_0, jpg_1, ... with an item's images, as many as there are."""
+    return list(
+        itertools.takewhile({*columns}.__contains__, map("jpg_{}".format, itertools.count()))
+    )
 
 
 def read_number(cell: Any, where: str) -> float:
@@ -40,74 +49,11 @@ def read_text(cell: Any, where: str) -> str:
     return cell
 
 
-def bucket_sizes(resolutions: Sequence[int], factor: int, aspect_buckets: bool) -> list[Size]:
-    """The sizes that batches may have: a square for each resolution, and with `aspect_buckets` all
-    that are as large and between 1:2 and 2:1, in steps of 64 pixels (`factor` below 512).
-
-    Sides are multiples of `factor`, save a square's: that is what was asked for. At 1024 these are
-    the sizes SDXL was trained at, as far as 1:2.
-    """
-    if not resolutions or min(resolutions) < 1:
-        raise ValueError(f"resolutions={list(resolutions)}; need one at least, each above 0")
-    if factor < 1:
-        raise ValueError(f"factor={factor}; need at least 1")
-    sizes: list[Size] = []
-    for resolution in sorted(set(resolutions)):
-        square = (resolution, resolution)
-        sizes += sizes_near(resolution, factor) if aspect_buckets else [square]
-    return list(dict.fromkeys(sizes))
-
-
-def sizes_near(resolution: int, factor: int) -> list[Size]:
-    """The buckets of one resolution: of each height the widest, and more that have at least 90 % of
-    the square's area; of those of one aspect the largest."""
-    step = factor * math.ceil(64 / factor) if resolution >= 512 else factor
-    area = resolution**2
-    by_aspect: dict[tuple[int, int], Size] = {}
-    for height in range(step, resolution + 1, step):
-        widest = min(area // height, 2 * height) // step * step
-        for width in range(widest, height - 1, -step):
-            if width < widest and height * width < 0.9 * area:
-                break
-            divisor = math.gcd(height, width)
-            by_aspect[height // divisor, width // divisor] = (height, width)  # the last is largest
-    by_aspect[1, 1] = (resolution, resolution)
-    lying = set(by_aspect.values())
-    return sorted(lying | {(width, height) for height, width in lying})
-
-
-def nearest_buckets(found: NDArray[np.int64], sizes: Sequence[Size]) -> NDArray[np.int64]:
-    """The bucket of each pair: an index into `sizes`, for `found` (N, 2, 2), the height and width
-    of both images.
-
-    Its aspect is the nearest to the geometric mean of both; its resolution the largest that scales
-    neither image up by more than a few percent, or else the smallest.
-    """
-    squares = sorted({height for height, width in sizes if height == width})
-    # A bucket's resolution: the smallest square that is no smaller than it.
-    levels: dict[int, list[int]] = defaultdict(list)
-    for i, (height, width) in enumerate(sizes):
-        levels[next((s for s in squares if s * s >= height * width), -1)].append(i)
-    aspects = np.log(found[:, :, 0] / found[:, :, 1]).mean(axis=1)
-    buckets = np.full(len(found), -1, dtype=np.int64)
-    for resolution in sorted(levels):
-        # Of one aspect the largest; in order, so that the halfway points tell which is nearest.
-        here = {height / width: i for i in sorted(levels[resolution], key=lambda i: sizes[i])
-                for height, width in [sizes[i]]}  # fmt: skip
-        edges = np.log(sorted(here))
-        order = np.array([here[aspect] for aspect in sorted(here)])
-        chosen = order[np.searchsorted((edges[1:] + edges[:-1]) / 2, aspects)]
-        scale = np.asarray(sizes)[chosen][:, None] / found
-        fits = scale.max(axis=(1, 2)) <= MAX_ENLARGEMENT
-        buckets = np.where(fits | (buckets < 0), chosen, buckets)
-    return buckets
-
-
 class Cached(Protocol):
     """Images and captions that were encoded before."""
 
     def image(self, index: int, side: int, flip: bool) -> Mapping[str, torch.Tensor]:
-        """The mean, std and time_ids of image `side` (0 or 1) of row `index`; else BadImage."""
+        """The mean, std and time_ids of image `side`, from 0, of row `index`; else BadImage."""
 
     def caption(self, text: str) -> Mapping[str, torch.Tensor] | None:
         """The embeddings of a caption by name, or None where captions are not kept."""
@@ -115,8 +61,11 @@ class Cached(Protocol):
 
 @dataclass(kw_only=True)
 class PairMaker:
-    """How a row becomes a pair of winner and loser, with everything random drawn from numbers."""
+    """How a row becomes a pair of winner and loser, a sample or a list, with everything random
+    drawn from numbers."""
 
+    layout: Layout = "pairs"
+    members: int = 2  # images of an item
     seed: int = 0
     random_crop: bool = False
     random_flip: bool = False
@@ -124,66 +73,106 @@ class PairMaker:
     proportion_empty_prompts: float = 0.0
     loser_caption_column: str | None = None
     score_columns: Sequence[str] | None = None
+    label_threshold: float | None = None  # about which a wrong label mirrors a sample's score
     sign_column: str | None = None
     cached: Cached | None = None
 
     def columns(self) -> list[str]:
         """What is read of a row: of one with cached images, not the images."""
         optional = [self.loser_caption_column, *(self.score_columns or ()), self.sign_column]
-        needed = [*COLUMNS, *(column for column in optional if column is not None)]
-        images = () if self.cached is None else ("jpg_0", "jpg_1")
-        return [column for column in dict.fromkeys(needed) if column not in images]
+        images = [f"jpg_{i}" for i in range(self.members)] if self.cached is None else []
+        label = [] if self.layout == "lists" else ["label_0"]
+        needed = [
+            *images,
+            *label,
+            "caption",
+            *(column for column in optional if column is not None),
+        ]
+        return list(dict.fromkeys(needed))
 
     def make(self, row: Mapping[str, Any], index: int, draw: Key, size: Size) -> dict[str, Any]:
-        """The pair as pixels_w/l (with `cached`, mean_w/l and std_w/l), time_ids_w/l, captions (one
-        for both, or the winner's and the loser's) with their text, embeddings by name, if these are
+        """The item as pixels_w/l (with `cached`, mean_w/l and std_w/l), time_ids_w/l, captions (one
+        for all, or the winner's and the loser's) with their text, embeddings by name, if these are
         cached, and a seed for its noise and timestep; score_w/l and sign if columns hold them.
+
+        Of a sample or list the suffixes are 0, 1, ...; a sample has its label.
         """
         # A wrong label stays wrong for the whole run, as in data: its draw knows no epoch.
-        flip_label = np.random.default_rng([self.seed, index]).random() < self.label_noise_prob
+        labels = np.random.default_rng([self.seed, index])
+        mislabelled = labels.random() < self.label_noise_prob
         rng = np.random.default_rng([self.seed, *draw])
         u, v, mirror, drop = rng.random(4)
         window = (u, v) if self.random_crop else (0.5, 0.5)
         mirror = bool(self.random_flip and mirror < 0.5)
-        winner = int((row["label_0"] == 1) == flip_label)
         number = row.get(ROW, index)
-        pair: dict[str, Any] = {"seed": int(rng.integers(2**63))}
-        for side, i in (("w", winner), ("l", 1 - winner)):
-            if self.cached is not None:
-                try:
-                    encoded = self.cached.image(index, i, mirror)
-                except BadImage as bad:
-                    raise BadImage(f"row {number}, column jpg_{i}", bad.reason) from bad
-                pair |= {f"{name}_{side}": encoded[name] for name in ("mean", "std", "time_ids")}
-            else:
-                image = open_image(row[f"jpg_{i}"], f"row {number}, column jpg_{i}")
-                pair[f"pixels_{side}"], pair[f"time_ids_{side}"] = fit(image, size, window, mirror)
-            if self.score_columns is not None:
-                column = self.score_columns[i]
-                pair[f"score_{side}"] = read_number(row[column], f"row {number}, column {column}")
+        item: dict[str, Any] = {"seed": int(rng.integers(2**63))}
+        for side, i in self.sides(row, mislabelled):
+            where = f"row {number}, column jpg_{i}"
+            item |= self.image(row, index, i, side, size, window, mirror, where)
+        if self.score_columns is not None:
+            item |= self.scores(row, number, mislabelled, labels)
+        if self.layout == "samples":
+            item["label"] = float((row["label_0"] == 1) != mislabelled)
         if self.sign_column is not None:
             where = f"row {number}, column {self.sign_column}"
-            pair["sign"] = read_number(row[self.sign_column], where)
+            item["sign"] = read_number(row[self.sign_column], where)
         columns = ["caption"]
         if self.loser_caption_column is not None:
             columns.append(self.loser_caption_column)
         captions = [read_text(row[column], f"row {number}, column {column}") for column in columns]
-        if flip_label:  # a caption stays with its image, as a score does
+        if mislabelled:  # a caption stays with its image, as a pair's score does
             captions.reverse()
         if drop < self.proportion_empty_prompts:
             captions = [""] * len(captions)
-        pair["captions"] = captions
+        item["captions"] = captions
         if self.cached is not None:
             texts = [self.cached.caption(caption) for caption in captions]
             known = [text for text in texts if text is not None]
             if len(known) == len(texts):
-                pair["text"] = known
-        return pair
+                item["text"] = known
+        return item
+
+    def sides(self, row: Mapping[str, Any], mislabelled: bool) -> list[tuple[str, int]]:
+        """The images in the order of the batch, by the suffixes of their tensors."""
+        if self.layout != "pairs":
+            return [(str(i), i) for i in range(self.members)]
+        winner = int((row["label_0"] == 1) == mislabelled)
+        return [("w", winner), ("l", 1 - winner)]
+
+    def image(
+        self, row: Mapping[str, Any], index: int, i: int, side: str, size: Size,
+        window: tuple[float, float], mirror: bool, where: str,
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        """The tensors of image `i`, opened or out of the cache."""
+        if self.cached is None:
+            pixels, time_ids = fit(open_image(row[f"jpg_{i}"], where), size, window, mirror)
+            return {f"pixels_{side}": pixels, f"time_ids_{side}": time_ids}
+        try:
+            encoded = self.cached.image(index, i, mirror)
+        except BadImage as bad:
+            raise BadImage(where, bad.reason) from bad
+        return {f"{name}_{side}": encoded[name] for name in ("mean", "std", "time_ids")}
+
+    def scores(
+        self, row: Mapping[str, Any], number: int, mislabelled: bool, rng: np.random.Generator
+    ) -> dict[str, float]:
+        """The images' scores. With a wrong label a pair's stay with their images, a sample's is on
+        the other side of the threshold, and a list's are shuffled."""
+        assert self.score_columns is not None
+        scores = [
+            read_number(row[column], f"row {number}, column {column}")
+            for column in self.score_columns
+        ]
+        if mislabelled and self.layout == "samples" and self.label_threshold is not None:
+            scores = [2 * self.label_threshold - score for score in scores]
+        if mislabelled and self.layout == "lists":
+            scores = [scores[i] for i in rng.permutation(len(scores))]
+        return {f"score_{side}": scores[i] for side, i in self.sides(row, mislabelled)}
 
 
 @dataclass(eq=False)
 class PreferencePairs(PairMaker, torch.utils.data.Dataset[dict[str, Any]]):
-    """The pairs of `rows`, by (epoch, index), each in the size of its bucket.
+    """The pairs, samples or lists of `rows`, by (epoch, index), each in the size of its bucket.
 
     `buckets` says which of `sizes` each row has; it may be left out where there is only one.
     """

@@ -1,10 +1,9 @@
-"""Sources of preference pairs: what can be read, what becomes of ties, which pairs are whole."""
+"""Sources of preference pairs: what can be read, and what becomes of ties."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.json
-import torch
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from datasets import Image as ImageFeature
-from numpy.typing import NDArray
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
-from trainer.data.images import BadImage, Size, open_image, read_size
-from trainer.data.pairs import COLUMNS, ROW, nearest_buckets
+from trainer.data.pairs import COLUMNS, ROW, images_of
 
 TIES = ("drop", "coin", "keep")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
@@ -143,11 +137,15 @@ def read_stored(
 
 
 def rename(
-    rows: Dataset | IterableDataset, names: Mapping[str, str], extra: Sequence[str], source: str
+    rows: Dataset | IterableDataset,
+    names: Mapping[str, str],
+    extra: Sequence[str],
+    source: str,
+    canonical: Sequence[str] = COLUMNS,
 ) -> Dataset | IterableDataset:
     """The rows with their columns under canonical names, and images as the bytes or paths they are.
 
-    A column whose name is thereby taken goes.
+    A column whose name is thereby taken goes, and so does one that would be a further image.
     """
     found = rows.column_names or list(next(iter(rows)))
     needed = list(dict.fromkeys([*names, *extra]))
@@ -155,17 +153,20 @@ def rename(
     if missing:
         raise ValueError(f"dataset_name={source!r} has columns {found}; need {needed}, "
                          f"missing {missing}")  # fmt: skip
-    if len(names) != len(COLUMNS):
-        raise ValueError(f"the columns {list(names)} stand for {', '.join(COLUMNS)}; need four")
+    if len(names) != len(canonical):
+        raise ValueError(f"the columns {list(names)} stand for {', '.join(canonical)}; need "
+                         "one for each")  # fmt: skip
+    further = [column for column in images_of([*canonical, *found]) if column not in canonical]
     taken = [column for column in names.values() if column in found and column not in names]
     lost = [column for column in extra if column in taken]
     if lost:
         raise ValueError(f"column {lost[0]!r} is asked for, but another one takes its name; need "
                          "it under a name of its own")  # fmt: skip
-    rows = rows.remove_columns(taken) if taken else rows
+    gone = [*taken, *(column for column in further if column in found and column not in names)]
+    rows = rows.remove_columns(list(dict.fromkeys(gone))) if gone else rows
     changed = {old: new for old, new in names.items() if old != new}
     rows = rows.rename_columns(changed) if changed else rows
-    for column in ("jpg_0", "jpg_1"):
+    for column in images_of(canonical):
         if rows.features is not None and isinstance(rows.features[column], ImageFeature):
             rows = rows.cast_column(column, ImageFeature(decode=False))
     return rows
@@ -205,21 +206,21 @@ def images_in(folder: Path) -> dict[str, Path]:
     return images
 
 
-def read_captions(root: Path, stems: Sequence[str]) -> list[str]:
+def read_captions(root: Path, stems: Sequence[str], side: str = "w", other: str = "l") -> list[str]:
     """The caption of each name: from w/NAME.txt, NAME.txt or metadata.jsonl."""
     listed: dict[str, str] = {}
     metadata = root / "metadata.jsonl"
     if metadata.is_file():
         for number, line in enumerate(metadata.read_text("utf-8").splitlines(), 1):
-            entry = json.loads(line) if line.strip() else {"file_name": "l/", "text": ""}
+            entry = json.loads(line) if line.strip() else {"file_name": f"{other}/", "text": ""}
             text = entry.get("caption", entry.get("text"))
             if not isinstance(entry.get("file_name"), str) or not isinstance(text, str):
                 raise ValueError(f"{metadata}, line {number}: need file_name and caption (or text)")
-            if not entry["file_name"].startswith("l/"):  # the pair's caption is the winner's
+            if not entry["file_name"].startswith(f"{other}/"):  # a pair's caption is the winner's
                 listed[Path(entry["file_name"]).stem] = text
     captions, missing = [], []
     for stem in stems:
-        files = [path for path in (root / "w" / f"{stem}.txt", root / f"{stem}.txt")
+        files = [path for path in (root / side / f"{stem}.txt", root / f"{stem}.txt")
                  if path.is_file()]  # fmt: skip
         if files:
             captions.append(files[0].read_text("utf-8").strip())
@@ -228,32 +229,35 @@ def read_captions(root: Path, stems: Sequence[str]) -> list[str]:
         else:
             missing.append(stem)
     if missing:
+        what = "pairs" if side == "w" else f"images of {side}/"
         raise ValueError(
-            f"{root}: {len(missing)} of {len(stems)} pairs have no caption: "
-            f"{', '.join(missing[:5])}; need w/NAME.txt or NAME.txt with the caption (it may be "
-            'empty), or a line {"file_name": "NAME.png", "caption": "..."} in metadata.jsonl'
+            f"{root}: {len(missing)} of {len(stems)} {what} have no caption: "
+            f"{', '.join(missing[:5])}; need {side}/NAME.txt or NAME.txt with the caption (it may "
+            'be empty), or a line {"file_name": "NAME.png", "caption": "..."} in metadata.jsonl'
         )
     return captions
+
+
+def parse_table(path: Path, types: Mapping[str, pa.DataType], what: str) -> pa.Table:
+    """All columns of a .jsonl or .csv file, those of `types` read as such."""
+    try:
+        if path.suffix == ".csv":
+            return pa.csv.read_csv(
+                path,
+                parse_options=pa.csv.ParseOptions(newlines_in_values=True),
+                convert_options=pa.csv.ConvertOptions(column_types=types),
+            )
+        schema = pa.schema(list(types.items()))
+        return pa.json.read_json(path, parse_options=pa.json.ParseOptions(explicit_schema=schema))
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: need one {what} a line; {error}") from error
 
 
 def read_table(path: Path, caption_column: str) -> pa.Table:
     """The pairs that a .jsonl or .csv file lists, paths taken from where the file is."""
     # Named, so that a caption such as "2024-01-01" or "12" stays text.
     text = {name: pa.string() for name in ("winner", "loser", caption_column)}
-    try:
-        if path.suffix == ".csv":
-            table = pa.csv.read_csv(
-                path,
-                parse_options=pa.csv.ParseOptions(newlines_in_values=True),
-                convert_options=pa.csv.ConvertOptions(column_types=text),
-            )
-        else:
-            schema = pa.schema(list(text.items()))
-            table = pa.json.read_json(
-                path, parse_options=pa.json.ParseOptions(explicit_schema=schema)
-            )
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: need one pair a line; {error}") from error
+    table = parse_table(path, text, "pair")
     columns: dict[str, Any] = {}
     for name, column in zip(("jpg_0", "jpg_1", "caption"), text, strict=True):
         values = table[column].to_pylist() if column in table.column_names else [None]
@@ -322,140 +326,3 @@ def settle_stream(
             with_indices=True, input_columns=["label_0"],
         )  # fmt: skip
     return rows if max_samples is None else rows.take(max_samples)
-
-
-@dataclass(frozen=True)
-class Refused:
-    """An image that cannot be trained on: its row, where it is, and why."""
-
-    row: int
-    where: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Survey:
-    """The pairs whose images are whole, as far as was looked, and the images that are not.
-
-    `buckets` and `found`, the height and width of both images (N, 2, 2), are those of `rows`.
-    """
-
-    rows: Dataset
-    buckets: NDArray[np.int64]
-    found: NDArray[np.int64]
-    refused: list[Refused]
-
-
-def survey(
-    rows: Dataset,
-    sizes: Sequence[Size],
-    *,
-    decode: int = 2000,
-    workers: int = 0,
-    progress: bool = True,
-    max_refused: float = 0.01,
-) -> Survey:
-    """Read the header of every image, decode `decode` pairs wholly, and drop the pairs with a bad
-    image; a ValueError where these are more than the share `max_refused`.
-
-    `decode` is spread evenly over the rows. A core reads some thousand pairs of headers a second,
-    and decodes some ten pairs of 1024 x 1024 a second (JPEG 20, PNG 8); `workers` processes share
-    the work.
-    """
-    whole = np.zeros(len(rows), dtype=bool)
-    whole[np.linspace(0, len(rows) - 1, min(decode, len(rows))).round().astype(np.int64)] = True
-    result = look_at(rows, sizes, whole, workers, progress)
-    bad = np.unique(np.array([image.row for image in result.refused], dtype=np.int64))
-    for looked_at, count, total in (
-        ("", len(bad), len(rows)),
-        (" that were decoded", whole[bad].sum(), whole.sum()),
-    ):
-        if count > max_refused * total:
-            few = "; ".join(f"{image.where}: {image.reason}" for image in result.refused[:5])
-            raise ValueError(
-                f"{count} of {total} pairs{looked_at} ({count / total:.1%}) have a bad image, more "
-                f"than --max_refused {max_refused:g}: {few}; need whole images, or a higher "
-                "--max_refused to do without these pairs"
-            )
-    if not len(result.rows):
-        raise ValueError(f"no pair to train on: all {len(rows)} have a bad image")
-    return result
-
-
-def look_at(
-    rows: Dataset, sizes: Sequence[Size], whole: NDArray[np.bool_], workers: int, progress: bool
-) -> Survey:
-    """Survey all rows, decoding the images of those where `whole` is true."""
-    loader = DataLoader(
-        Chunks(rows, whole), batch_size=None, collate_fn=as_it_is, num_workers=workers,
-        generator=torch.Generator(),  # its own, so that the global RNG is left alone
-    )  # fmt: skip
-    found, refused = [np.empty((0, 2, 2), dtype=np.int64)], []
-    with tqdm(total=len(rows), desc="survey", unit="pair", disable=not progress) as bar:
-        for chunk, bad in loader:
-            found.append(chunk)
-            refused += bad
-            bar.update(len(chunk))
-    sides = np.concatenate(found)
-    kept = np.setdiff1d(np.arange(len(rows)), [image.row for image in refused])
-    if len(kept) < len(rows):
-        rows, sides = rows.select(kept), sides[kept]
-    return Survey(rows, nearest_buckets(sides, sizes), sides, refused)
-
-
-def as_it_is(chunk: Any) -> Any:
-    """What a DataLoader should make of a chunk."""
-    return chunk
-
-
-class Chunks(torch.utils.data.Dataset[tuple[NDArray[np.int64], list[Refused]]]):
-    """Stretches of rows, each as the sizes of its images and those that were refused."""
-
-    length = 256
-
-    def __init__(self, rows: Dataset, whole: NDArray[np.bool_]) -> None:
-        # In Arrow's own form, for a header touches only the first page of an image's bytes.
-        names = [ROW] if ROW in rows.column_names else []
-        self.rows = rows.select_columns(["jpg_0", "jpg_1", *names]).with_format("arrow")
-        self.whole = whole
-
-    def __len__(self) -> int:
-        return -(-len(self.whole) // self.length)
-
-    def __getitem__(self, chunk: int) -> tuple[NDArray[np.int64], list[Refused]]:
-        first = chunk * self.length
-        table = self.rows[first : min(first + self.length, len(self.whole))]
-        found, refused = np.zeros((len(table), 2, 2), dtype=np.int64), []
-        numbers = (
-            table[ROW].to_pylist() if ROW in table.column_names else range(first, len(self.whole))
-        )
-        for side in (0, 1):
-            column = f"jpg_{side}"
-            for i, cell in enumerate(table[column]):
-                row = first + i
-                where = f"row {numbers[i]}, column {column}"
-                try:
-                    if self.whole[row]:
-                        found[i, side] = open_image(content(cell).as_py(), where).size[::-1]
-                    else:
-                        found[i, side] = header(content(cell), where)
-                except BadImage as bad:
-                    refused.append(Refused(row, bad.where, bad.reason))
-        return found, sorted(refused, key=lambda image: image.row)
-
-
-def content(cell: Any) -> Any:
-    """The bytes of an Arrow cell, or its path."""
-    if not isinstance(cell, pa.StructScalar) or not cell.is_valid:
-        return cell
-    return cell["bytes"] if cell["bytes"].is_valid else cell["path"]  # of an Image feature
-
-
-def header(cell: Any, where: str) -> Size:
-    """The size of the image in an Arrow cell, without a copy of its bytes."""
-    if cell.is_valid and (pa.types.is_binary(cell.type) or pa.types.is_large_binary(cell.type)):
-        try:
-            return read_size(pa.BufferReader(cell.as_buffer()), where)
-        except BadImage:
-            pass  # Arrow's files are stricter than Python's: see what the bytes themselves give
-    return read_size(cell.as_py(), where)

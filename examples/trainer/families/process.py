@@ -42,7 +42,8 @@ def spread_uniform(scheduler: Any, count: int) -> Tensor:
 
 
 def repeated(values: Tensor, latents: Tensor) -> Tensor:
-    """The values of the pairs (B, ...) for all latents (2B, ...), winners first."""
+    """The values (B, ...) that the images of a pair or list share, for all its latents (mB, ...),
+    first images first; values that are each image's own as they are."""
     return torch.cat([values] * (len(latents) // len(values)))
 
 
