@@ -91,6 +91,17 @@ def test_two_processes_train_what_one_does(
     assert_same_weights(two, again)
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_two_processes_share_the_mean_gain_of_kto(
+    train: Train, world: Path, tmp_path: Path, kind: str
+) -> None:
+    flags = {**FLAGS, "loss": "kto", "beta": 100.0} | ({"lora_rank": 4} if kind == "lora" else {})
+    one = train("one", train_batch_size=4, **flags)
+    two = train_by_two(world, tmp_path / "two", train_batch_size=2, **flags)
+    assert_same_run(one, two)
+    assert read_metrics(one / "metrics.jsonl")[-1]["drop"] != 0
+
+
 def test_shards_in_bf16_start_as_their_reference(world: Path, tmp_path: Path) -> None:
     flags = {**FLAGS, **LORA, "mixed_precision": "bf16", "gradient_checkpointing": True}
     rows = read_metrics(train_by_two(world, tmp_path / "run", "fsdp", **flags) / "metrics.jsonl")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -14,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from test_many_processes import FLAGS, assert_same_run, train_by_two
 
 import fastpref
 from fastpref.outputs import SampleOutput
@@ -218,19 +216,6 @@ def test_the_shares_of_either_kind_are_divided_out() -> None:
     assert health_of(rows) == (
         "margin 0.05 -> 0.85, accuracy 0.5 -> 0.5, drop -0.5 -> -8.5, drop_desirable 1 -> 1"
     )
-
-
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_two_processes_share_ktos_kl(
-    train: Train, groups: Path, world: Path, tmp_path: Path, kind: str
-) -> None:
-    flags = {**FLAGS, **data_of(groups, "kto"), "beta": 100.0}
-    flags |= {"lora_rank": 4} if kind == "lora" else {}
-    one = train("one", train_batch_size=4, **flags)
-    two = train_by_two(world, tmp_path / "two", train_batch_size=2, **flags)
-    assert_same_run(one, two)
-    alone = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
-    assert alone[-1]["drop"] != 0
 
 
 @pytest.mark.parametrize(
