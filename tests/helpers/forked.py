@@ -1,4 +1,4 @@
-"""The trainer in processes of its own: forks of one that has imported all that is slow to import."""
+"""The trainer in processes of its own, forks of one that has imported what is slow to import."""
 
 from __future__ import annotations
 
