@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 
-def product(*axes: Sequence[Any], fast: Callable[..., bool]) -> list[Any]:
+def product(
+    *axes: Sequence[Any], fast: Callable[..., bool], ids: Callable[..., str] | None = None
+) -> list[Any]:
     """All combinations, for `pytest.mark.parametrize`; slow are those that are not `fast`."""
     every = [*itertools.product(*axes)]
     chosen = [fast(*values) for values in every]
@@ -17,7 +19,9 @@ def product(*axes: Sequence[Any], fast: Callable[..., bool]) -> list[Any]:
         kept = [values[i] for values, quick in zip(every, chosen, strict=True) if quick]
         assert all(any(value is each for each in kept) for value in axis), axis
     return [
-        pytest.param(*values, marks=() if quick else pytest.mark.slow)
+        pytest.param(
+            *values, marks=() if quick else pytest.mark.slow, id=ids(*values) if ids else None
+        )
         for values, quick in zip(every, chosen, strict=True)
     ]
 

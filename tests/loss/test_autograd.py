@@ -192,10 +192,15 @@ def check_ops(
 
 # Operands that are there or not, one by one: whether all are or none is what may make a difference.
 @pytest.mark.parametrize(
-    ("halves", "shared"),
-    covering.product([True, False], [True, False], fast=lambda halves, shared: halves != shared),
+    ("halves", "shared", "reduction"),
+    covering.product(
+        [True, False],
+        [True, False],
+        ["mean", "none"],
+        fast=lambda halves, shared, reduction: halves != shared == (reduction == "none"),
+    ),
 )
-def test_opcheck(shared: bool, halves: bool, device: torch.device) -> None:
+def test_opcheck(shared: bool, halves: bool, reduction: str, device: torch.device) -> None:
     pred, loser, target = torch.randn(3, 3, 6, 7, device=device)
     pred, loser = pred.bfloat16().transpose(1, 2), loser.transpose(1, 2)
     preds = (pred, loser) if halves else (torch.cat([pred, loser]), None)
@@ -204,14 +209,13 @@ def test_opcheck(shared: bool, halves: bool, device: torch.device) -> None:
     beta = torch.tensor(0.1, device=device)
     plain = (None, "0000", None)
     masks = (target > 0, None)
-    for reduction in ("mean", "none"):
-        numbers = [0.5, 1000.0, beta if reduction == "none" else 0.1]
-        options: tuple[Any, ...] = (False, reduction, "mean", *plain)
-        check_ops(LINKS["mapo"], numbers, [preds, targets], None, options)
-        errors = torch.rand(6, device=device)
-        for ref in (preds, (errors, None)):
-            options = (True, reduction, "sum", *plain)
-            check_ops(LINKS["dpo_sigmoid"], [0.1], [preds, targets, ref, masks], 0.5, options)
+    numbers = [0.5, 1000.0, beta if reduction == "none" else 0.1]
+    options: tuple[Any, ...] = (False, reduction, "mean", *plain)
+    check_ops(LINKS["mapo"], numbers, [preds, targets], None, options)
+    errors = torch.rand(6, device=device)
+    for ref in (preds, (errors, None)):
+        options = (True, reduction, "sum", *plain)
+        check_ops(LINKS["dpo_sigmoid"], [0.1], [preds, targets, ref, masks], 0.5, options)
     operands = [preds, targets, preds, masks]
     options = (False, "dro", "mean", "batch", "1101", None)
     check_ops(LINKS["dpo_sigmoid"], [0.1, 0.3, 0.2, 2.0], operands, None, options)

@@ -61,12 +61,20 @@ def assert_same_run(one: Path, two: Path) -> None:
         assert a == pytest.approx(b, rel=1e-3, abs=1e-3)
 
 
+# Fast are all pairs of a kind and a way, and of each family one at least.
+SLOW = [("epsilon", "full", None), ("epsilon", "lora", "fsdp"), ("sd15", "lora", None)]
+
+
 @pytest.mark.parametrize(
     ("model", "kind", "by"),
     [
-        *(("epsilon", kind, by) for kind in ("full", "lora") for by in (None, "fsdp", "deepspeed")),
-        ("sd15", "lora", None), ("sd15", "full", "fsdp"),
-        ("sd3", "full", None), ("sd3", "lora", "fsdp"),
+        pytest.param(*case, marks=pytest.mark.slow if case in SLOW else ())
+        for case in [
+            *(("epsilon", kind, by) for kind in ("full", "lora")
+              for by in (None, "fsdp", "deepspeed")),
+            ("sd15", "lora", None), ("sd15", "full", "fsdp"),
+            ("sd3", "full", None), ("sd3", "lora", "fsdp"),
+        ]
     ],
 )  # fmt: skip
 def test_two_processes_train_what_one_does(

@@ -155,7 +155,7 @@ def test_two_processes_break_off_a_look_together_and_make_up_for_it(
     assert_same_rows(whole_by_two["lora"], tmp_path / "run", "metrics.jsonl", "eval.jsonl")
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_a_signal_to_the_launcher_reaches_all(
     world: Path, tmp_path: Path, rng: random.Random, name: str, whole_by_two: dict[str, Path]
 ) -> None:

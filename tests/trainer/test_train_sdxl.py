@@ -146,9 +146,9 @@ def test_every_loss_trains(
         return references[-1]
 
     monkeypatch.setattr(loop, "frozen_copy", spy)
-    folder = train(loss=loss, max_train_steps=20, **NEEDED.get(loss, {}) | flags)
+    folder = train(loss=loss, max_train_steps=4, **NEEDED.get(loss, {}) | flags)
     rows = read_metrics(folder / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, 21))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert (folder / "curves.png").stat().st_size > 10_000
     start = load_file(world / "epsilon" / "unet" / "diffusion_pytorch_model.safetensors")
