@@ -624,14 +624,20 @@ print("compiled")
 # Choices
 
 
-def test_choices_are_right() -> None:
+@pytest.mark.parametrize(
+    ("link", "name"),
+    covering.product(
+        choices.LINKS_TIMED,
+        [*choices.CHOICES],
+        fast=covering.in_turn(choices.LINKS_TIMED, [*choices.CHOICES]),
+    ),
+)
+def test_choices_are_right(link: str, name: str) -> None:
     """On samples of sixteen blocks; each names attributes that are there."""
-    for link in choices.LINKS_TIMED:
-        case = Case(link, "sd15", 3, "fp32", "bf16")
-        for name, settings in choices.CHOICES.items():
-            assert all(hasattr(launch, attribute) for attribute in settings), name
-            with choices.chosen(settings):
-                assert choices.deviation(case) <= 1, name
+    settings = choices.CHOICES[name]
+    assert all(hasattr(launch, attribute) for attribute in settings)
+    with choices.chosen(settings):
+        assert choices.deviation(Case(link, "sd15", 3, "fp32", "bf16")) <= 1
 
 
 def test_a_choice_holds_for_its_own_launches_alone(monkeypatch: pytest.MonkeyPatch) -> None:

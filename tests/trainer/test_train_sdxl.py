@@ -380,7 +380,7 @@ def test_captions_scores_and_signs_are_stacked_winners_first(world: Path) -> Non
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_run_equals_the_uninterrupted_one(train: Train, workers: int) -> None:
-    flags = {"max_train_steps": 14, "checkpointing_steps": 5, "lr_scheduler": "cosine",
+    flags = {"max_train_steps": 8, "checkpointing_steps": 3, "lr_scheduler": "cosine",
              "gradient_accumulation_steps": 2, "random_crop": True,
              "dataloader_num_workers": workers}  # fmt: skip
     whole, parts = train("whole", **flags), train("parts", **flags)
