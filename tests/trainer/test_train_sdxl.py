@@ -463,7 +463,7 @@ def test_metrics_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"resolution": 18}, "resolution is 18; this VAE and UNet need a multiple of 4"),
+        ({"resolution": 18}, "resolution is 18; this VAE and denoiser need a multiple of 4"),
         ({"resume_from_checkpoint": "checkpoint-7"}, "'checkpoint-7' is no checkpoint.*has: none"),
         ({"max_train_steps": 0}, "max_train_steps is 0; need more than 0"),
         ({"label_noise_prob": 1.5}, "label_noise_prob is 1.5; need a share from 0 to 1"),
