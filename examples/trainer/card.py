@@ -145,7 +145,7 @@ def write_card(
     what = "A LoRA for" if lora else "The whole of"
     parts = [
         f"# {shown(name)}",
-        f"{what} {shown(base or last_part(base_model))}, aligned on the preference pairs of "
+        f"{what} {shown(base or last_part(base_model))}, aligned on the preferences in "
         f"{shown(data or last_part(dataset))} with the loss {shown(loss)} of fastpref.",
         f"## Use\n\n{snippet(family, base or last_part(base_model), repo_id or name, lora)}",
     ]

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import bench_loss
 import cases
 import choices
+import covering
 import floors
 import report
 import timing
@@ -437,8 +438,20 @@ def test_a_captured_launch_finds_a_ticket(gpu: StandIn) -> None:
 # Losses beyond the links of pairs
 
 
-@pytest.mark.parametrize("dtypes", [("fp32", "bf16"), ("bf16", "bf16")])
-@pytest.mark.parametrize("link", cases.FAMILIES)
+DTYPES = [("fp32", "bf16"), ("bf16", "bf16")]
+FIRST_OF_KIND = {family.kind: link for link, family in reversed(cases.FAMILIES.items())}.values()
+
+
+# A dtype is read and written as it is whatever the link: the second one by a family of each kind.
+@pytest.mark.parametrize(
+    ("link", "dtypes"),
+    covering.product(
+        [*cases.FAMILIES],
+        DTYPES,
+        fast=lambda link, dtypes: dtypes == DTYPES[0] or link in FIRST_OF_KIND,
+        ids=lambda link, dtypes: f"{link}-dtypes{DTYPES.index(dtypes)}",
+    ),
+)
 def test_published_and_fused_agree(link: str, dtypes: tuple[str, str]) -> None:
     """On latents of a video, to more digits than a provider needs; and the kernels with them."""
     family = cases.FAMILIES[link]
@@ -611,14 +624,20 @@ print("compiled")
 # Choices
 
 
-def test_choices_are_right() -> None:
+@pytest.mark.parametrize(
+    ("link", "name"),
+    covering.product(
+        choices.LINKS_TIMED,
+        [*choices.CHOICES],
+        fast=covering.in_turn(choices.LINKS_TIMED, [*choices.CHOICES]),
+    ),
+)
+def test_choices_are_right(link: str, name: str) -> None:
     """On samples of sixteen blocks; each names attributes that are there."""
-    for link in choices.LINKS_TIMED:
-        case = Case(link, "sd15", 3, "fp32", "bf16")
-        for name, settings in choices.CHOICES.items():
-            assert all(hasattr(launch, attribute) for attribute in settings), name
-            with choices.chosen(settings):
-                assert choices.deviation(case) <= 1, name
+    settings = choices.CHOICES[name]
+    assert all(hasattr(launch, attribute) for attribute in settings)
+    with choices.chosen(settings):
+        assert choices.deviation(Case(link, "sd15", 3, "fp32", "bf16")) <= 1
 
 
 def test_a_choice_holds_for_its_own_launches_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,9 @@
 """Compiles the kernels ahead of time, exactly as a launch would, for GPUs that need not be there.
 
 As a script it prints a JSON row for each kernel: `python tests/helpers/aot.py [--groups]
-[TARGET ...]`, of the losses of pairs, or of the links of tests/kernels/test_engine.py. A kernel
-that does not compile has an "error" in its row. In the process that compiles, TRITON_INTERPRET must
-not be set.
+[--in_turn] [TARGET ...]`, of the losses of pairs, or of the links of tests/kernels/test_engine.py;
+for all targets, or for one of them in turn. A kernel that does not compile has an "error" in its
+row. In the process that compiles, TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -168,16 +168,28 @@ def cases() -> list[Case]:
     return list(dict.fromkeys(found))
 
 
-def rows(targets: list[str]) -> Iterator[dict[str, Any]]:
+def turns(targets: list[str], in_turn: bool) -> Iterator[list[str]]:
+    """The targets of each case: all, or one, a backend for every second and its GPUs in turn. As
+    cases come in pairs, like a link without knobs and with, the first of a pair takes turns, too:
+    each link goes to both backends."""
+    if not in_turn:
+        yield from itertools.repeat(targets)
+    kinds = {TARGETS[name].backend: None for name in targets}
+    of_kind = [itertools.cycle([n for n in targets if TARGETS[n].backend == k]) for k in kinds]
+    for i in itertools.count():
+        yield [next(of_kind[(i + i // 2) % len(of_kind)])]
+
+
+def rows(targets: list[str], in_turn: bool = False) -> Iterator[dict[str, Any]]:
     """The backward kernel knows neither link nor knobs nor reference: once for each other case."""
     seen = set()
-    for case in cases():
+    for case, targets_of_case in zip(cases(), turns(targets, in_turn), strict=False):
         fwd, bwd = recorders(case)
         backward = case._replace(link="", ref="", knobs="")
         both = (fwd,) if backward in seen else (fwd, bwd)
         seen.add(backward)
         for recorder in both:
-            for name in targets:
+            for name in targets_of_case:
                 yield case._asdict() | {"of_target": case.target} | compiled(recorder, name)
 
 
@@ -274,7 +286,7 @@ def stepped(family: Family) -> tuple[Recorder, Recorder]:
     return both
 
 
-def group_rows(targets: list[str]) -> Iterator[dict[str, Any]]:
+def group_rows(targets: list[str], in_turn: bool = False) -> Iterator[dict[str, Any]]:
     """What `families` has, and the links of tests/kernels/test_engine.py; a backward kernel is
     compiled once."""
     sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels"))
@@ -289,11 +301,11 @@ def group_rows(targets: list[str]) -> Iterator[dict[str, Any]]:
             test_engine.launched(case, given, torch.ones(()))
         made[make.__name__] = both
     seen = set()
-    for (link, both), name in itertools.product(made.items(), targets):
-        for recorder in both:
-            launched = str(specialized(recorder, TARGETS[name]))
-            if (launched, name) not in seen:
-                seen.add((launched, name))
+    for (link, both), targets_of_link in zip(made.items(), turns(targets, in_turn), strict=False):
+        for recorder, name in itertools.product(both, targets_of_link):
+            what = str(specialized(recorder, TARGETS["sm_90"])), name * (not in_turn)
+            if what not in seen:
+                seen.add(what)
                 yield {"link": link} | compiled(recorder, name)
 
 
@@ -396,5 +408,6 @@ def signatures() -> tuple[int, int]:
 
 if __name__ == "__main__":
     made = group_rows if "--groups" in sys.argv else rows
-    for row in made([name for name in sys.argv[1:] if name in TARGETS] or list(TARGETS)):
+    names = [name for name in sys.argv[1:] if name in TARGETS] or list(TARGETS)
+    for row in made(names, "--in_turn" in sys.argv):
         print(json.dumps(row), flush=True)

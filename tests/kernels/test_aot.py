@@ -18,17 +18,23 @@ TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "bool": 1}
 
 
-@pytest.fixture(scope="module")
-def rows(pytestconfig: pytest.Config) -> list[dict[str, Any]]:
-    made: Path | None = pytestconfig.getoption("aot_rows")
+# Each kernel for one target, or for all.
+every = pytest.fixture(
+    scope="module", params=[True, pytest.param(False, marks=pytest.mark.slow)], ids=["turn", "all"]
+)
+
+
+@every
+def rows(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    made: Path | None = request.config.getoption("aot_rows")
     if made:
         return [json.loads(line) for line in made.read_text().splitlines()]
-    return compiled()
+    return compiled(*["--in_turn"] * request.param)
 
 
-@pytest.fixture(scope="module")
-def group_rows() -> list[dict[str, Any]]:
-    return compiled("--groups")
+@every
+def group_rows(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return compiled("--groups", *["--in_turn"] * request.param)
 
 
 def compiled(*words: str) -> list[dict[str, Any]]:
@@ -54,11 +60,23 @@ def case(row: dict[str, Any]) -> str:
     return " ".join(str(value) for value in row.values())
 
 
-def test_every_link_and_target_compiles(rows: list[dict[str, Any]]) -> None:
+def test_every_link_and_target_compiles(
+    rows: list[dict[str, Any]], request: pytest.FixtureRequest
+) -> None:
+    """In turn: every link for a GPU of each maker, once without knobs and once with."""
     failed = [case(row) for row in rows if "error" in row]
     assert not failed, "\n".join(failed)
-    forward = {(row["link"], row["target"]) for row in rows if row["kernel"] == "pair_fwd"}
-    assert forward == {(link, target) for link in LINKS for target in TARGETS}
+    forward = [row for row in rows if row["kernel"] == "pair_fwd"]
+    made = {(row["link"], row["target"]) for row in forward}
+    if "turn" in request.node.callspec.id:
+        makers = {(link, target == "gfx942") for link, target in made}
+        assert makers == {(link, amd) for link in LINKS for amd in (True, False)}
+        assert {(r["link"], bool(r["knobs"])) for r in forward} == {
+            (link, knobs) for link in LINKS for knobs in (True, False)
+        }
+        assert {target for _, target in made} == set(TARGETS)
+    else:
+        assert made == {(link, target) for link in LINKS for target in TARGETS}
     backward = {row["target"] for row in rows if row["kernel"] == "pair_bwd"}
     assert backward == set(TARGETS)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import covering
 import fastpref
 import oracles
 from fastpref import reference
@@ -113,20 +114,42 @@ KNOBS: dict[str, Any] = {"logit_scale": 0.7, "loser_weight": 0.4, "pair_weight":
 KNOBS |= {"sft_weight": 0.3, "prior_weight": 0.2, "sample_weight": (1.5, 0.5)}
 
 
-@pytest.mark.parametrize("link", LINKS)
-def test_every_way_gives_one_value_and_one_gradient(link: str, device: torch.device) -> None:
-    """torch.compile takes each link whole."""
+def check(link: str, ways: Iterable[str], knobs: bool, device: torch.device) -> None:
     given, options = batch(link, device)
-    smoothed = {} if "label_smoothing" in LINKS[link].hyper else {"label_smoothing": 0.2}
-    for more in ({}, KNOBS | smoothed):
-        in_fp64 = {name: tensor.double() for name, tensor in given.items()}
-        wanted = autograd(link, in_fp64, options | more)
-        for name, way in WAYS.items():
-            value, grad = (x.double() for x in way(link, given, options | more))
-            case = f"{link} {name} {[*more]}"
-            torch.testing.assert_close(value, wanted[0], rtol=1e-5, atol=1e-6, msg=case)
-            scale = wanted[1].abs().max().item()
-            torch.testing.assert_close(grad, wanted[1], rtol=1e-4, atol=1e-5 * scale, msg=case)
+    if knobs:
+        smoothed = {} if "label_smoothing" in LINKS[link].hyper else {"label_smoothing": 0.2}
+        options |= KNOBS | smoothed
+    in_fp64 = {name: tensor.double() for name, tensor in given.items()}
+    wanted = autograd(link, in_fp64, options)
+    for name in ways:
+        value, grad = (x.double() for x in WAYS[name](link, given, options))
+        torch.testing.assert_close(value, wanted[0], rtol=1e-5, atol=1e-6, msg=name)
+        scale = wanted[1].abs().max().item()
+        torch.testing.assert_close(grad, wanted[1], rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+
+@pytest.mark.parametrize("knobs", [False, True], ids=["plain", "knobs"])
+@pytest.mark.parametrize("link", LINKS)
+def test_every_way_gives_one_value_and_one_gradient(
+    link: str, knobs: bool, device: torch.device
+) -> None:
+    check(link, WAYS.keys() - {"compiled"}, knobs, device)
+
+
+# With knobs as well as without, what is compiled is the link's text.
+@pytest.mark.parametrize(
+    ("knobs", "link"),
+    covering.product(
+        [False, True],
+        [*LINKS],
+        fast=lambda knobs, link: knobs or link in ("mapo", "dpo_sigmoid"),
+    ),
+)
+def test_compiled_code_gives_that_value_and_that_gradient(
+    link: str, knobs: bool, device: torch.device
+) -> None:
+    """torch.compile takes each link whole."""
+    check(link, ["compiled"], knobs, device)
 
 
 # A link, its options, errors of winner and loser, those of the reference, and the slopes by the

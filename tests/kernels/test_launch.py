@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
+import covering
 import fastpref
 from aot import unplanned
 from fastpref import batch, dispatch, ops, scalars
@@ -55,9 +56,16 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("stacked", [True, False])
-@pytest.mark.parametrize("n_elements", [7, 5000])
+# Of one program a sample and of many; how many there are, a layout does not change.
+@pytest.mark.parametrize(
+    ("n_elements", "stacked", "layout"),
+    covering.product(
+        [7, 5000],
+        [True, False],
+        [*LAYOUTS],
+        fast=lambda n_elements, stacked, layout: n_elements == 7 or stacked == (layout == "dense"),
+    ),
+)
 def test_one_launch_forward_and_one_backward(
     layout: str,
     stacked: bool,

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import covering
 import fastpref
 import oracles
 from aot import unplanned
@@ -203,8 +204,19 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("pred_layout", LAYOUTS)
-@pytest.mark.parametrize("target_layout", LAYOUTS)
+# Each beside a dense one, and beside one that is as little dense.
+@pytest.mark.parametrize(
+    ("target_layout", "pred_layout"),
+    covering.product(
+        LAYOUTS,
+        LAYOUTS,
+        fast=lambda target, pred: (
+            torch.Tensor.contiguous in (target, pred)
+            or (LAYOUTS.index(target) - LAYOUTS.index(pred)) % len(LAYOUTS) == 3
+        ),
+        ids=lambda target, pred: f"{target.__name__}-{pred.__name__}",
+    ),
+)
 def test_layouts(
     pred_layout: Callable[[Tensor], Tensor],
     target_layout: Callable[[Tensor], Tensor],

@@ -16,8 +16,10 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from matplotlib.figure import Figure
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
+import forked
+from toy.photo_pairs import write_photo_pairs
 from toy.tiny import tiny_sdxl
 from trainer import plots
 from trainer.evaluate import HeldOut, Scores, fixed_noise, score_pairs
@@ -211,7 +213,8 @@ def test_two_processes_score_as_one(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    spawn(score_in_a_process, (port, tmp_path), nprocs=2)
+    forked.serve()
+    start_processes(score_in_a_process, (port, tmp_path), nprocs=2, start_method="forkserver")
     for rank in range(2):
         assert_close(Scores(*torch.load(tmp_path / f"{rank}.pt")), expected)
 
@@ -253,9 +256,6 @@ def test_clear_errors(pairs: Any, settings: dict[str, Any], message: str) -> Non
 
 
 def test_a_pipeline_scores_rows(tmp_path: Path) -> None:
-    # Here, so that spawned processes need not import what draws photographs.
-    from toy.photo_pairs import write_photo_pairs
-
     write_photo_pairs(tmp_path, train=1, heldout=8, size=24)
     rows = Dataset.from_parquet(str(tmp_path / "heldout.parquet"), cache_dir=str(tmp_path))
     pipeline = tiny()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +11,13 @@ import pytest
 import yaml
 from accelerate.utils import DistributedType
 
+import forked
 from small_run import ROOT, Train, argv, assert_same_weights, seeing, unet_of
 from trainer.args import parse_args
 from trainer.families.sdxl import SDXL
 from trainer.metrics import read_metrics
 from trainer.optim import check_sharding
 
-LAUNCH = ROOT / "tests" / "helpers" / "launch_trainer.py"
 CONFIGS = ROOT / "examples" / "configs" / "accelerate"
 # A larger epsilon keeps Adam from making a full step of a gradient that is but rounding.
 FLAGS: dict[str, Any] = {
@@ -47,15 +44,14 @@ def sharding(kind: str | None) -> dict[str, str]:
     return {}
 
 
-def train_by_two(world: Path, folder: Path, by: str | None = None, **flags: Any) -> Path:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(LAUNCH), *(["--by", by] if by else [])]
-    environment = {**os.environ, **sharding(by), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*command, *argv(world, folder, **flags)],
-        env=environment, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+def train_by_two(
+    world: Path, folder: Path, by: str | None = None, spoil: str = "", **flags: Any
+) -> Path:
+    folder.mkdir(exist_ok=True)
+    words = [*(["--by", by] if by else []), *argv(world, folder, **flags)]
+    spoilt = {"SPOIL": spoil} if spoil else {}
+    codes, said = forked.start(words, folder, [sharding(by) | spoilt] * 2, together=True)
+    assert codes == [0, 0], said[-3000:]
     return folder
 
 
@@ -65,12 +61,20 @@ def assert_same_run(one: Path, two: Path) -> None:
         assert a == pytest.approx(b, rel=1e-3, abs=1e-3)
 
 
+# Fast are all pairs of a kind and a way, and of each family one at least.
+SLOW = [("epsilon", "full", None), ("epsilon", "lora", "fsdp"), ("sd15", "lora", None)]
+
+
 @pytest.mark.parametrize(
     ("model", "kind", "by"),
     [
-        *(("epsilon", kind, by) for kind in ("full", "lora") for by in (None, "fsdp", "deepspeed")),
-        ("sd15", "lora", None), ("sd15", "full", "fsdp"),
-        ("sd3", "full", None), ("sd3", "lora", "fsdp"),
+        pytest.param(*case, marks=pytest.mark.slow if case in SLOW else ())
+        for case in [
+            *(("epsilon", kind, by) for kind in ("full", "lora")
+              for by in (None, "fsdp", "deepspeed")),
+            ("sd15", "lora", None), ("sd15", "full", "fsdp"),
+            ("sd3", "full", None), ("sd3", "lora", "fsdp"),
+        ]
     ],
 )  # fmt: skip
 def test_two_processes_train_what_one_does(
@@ -111,12 +115,11 @@ def test_shards_in_bf16_start_as_their_reference(world: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("by", [None, "fsdp", "deepspeed"])
 def test_a_bad_loss_in_one_process_skips_the_step_in_all(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str | None
+    world: Path, tmp_path: Path, by: str | None
 ) -> None:
     if by == "deepspeed":
         pytest.importorskip("deepspeed")
-    monkeypatch.setenv("SPOIL", "1:2")
-    folder = train_by_two(world, tmp_path / "run", by, **FLAGS)
+    folder = train_by_two(world, tmp_path / "run", by, spoil="1:2", **FLAGS)
     assert [row["skipped"] for row in read_metrics(folder / "metrics.jsonl")] == [0, 1, 0, 0]
     assert all(value.isfinite().all() for value in unet_of(folder).values())
 

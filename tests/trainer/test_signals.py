@@ -3,20 +3,16 @@ checkpoint, says so by its exit code, and goes on to the same bits."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
-import signal
-import socket
 import subprocess
 import sys
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launch_trainer import run
+import forked
 from small_run import ROOT, argv, assert_same_weights, seeing
 from trainer.checkpoints import list_checkpoints, step_of
 from trainer.metrics import read_metrics
@@ -33,28 +29,6 @@ FULL: dict[str, Any] = {
     "lr_scheduler": "cosine",
     "random_crop": True,
 }
-FORK = multiprocessing.get_context("forkserver")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def server() -> None:
-    """Processes are forks of one that has imported all that is slow to import."""
-    FORK.set_forkserver_preload(["launch_trainer", "small_run", "test_signals"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # Python 3.11's takes no sys.path
-        forkserver.ensure_running()
-
-
-def child(words: list[str], environment: dict[str, str], log: Path) -> None:
-    os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # of data loaders: not like this process
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_DFL)
-    with log.open("wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.environ.update(environment)
-    run(words)
 
 
 def start(
@@ -65,27 +39,10 @@ def start(
     Each process may have an order of its own for `launch_trainer.interrupt`.
     """
     folder.mkdir(exist_ok=True)
-    words = argv(world, folder, **flags)
-    with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]
-    logs = [folder.with_name(f"{folder.name}-{rank}.log") for rank in range(processes)]
-    children = []
-    for rank, log in enumerate(logs):
-        environment = {} if rank >= len(interrupts) else {"INTERRUPT": f"{rank}:{interrupts[rank]}"}
-        if processes > 1:
-            environment |= {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-                "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-            }  # fmt: skip
-        children.append(FORK.Process(target=child, args=(words, environment, log)))
-        children[-1].start()
-    try:
-        for process in children:
-            process.join(240)
-        return [process.exitcode for process in children], "".join(log.read_text() for log in logs)
-    finally:
-        for process in children:
-            process.kill()
+    environments: list[dict[str, str]] = [{} for _ in range(processes)]
+    for rank, order in enumerate(interrupts):
+        environments[rank]["INTERRUPT"] = f"{rank}:{order}"
+    return forked.start(argv(world, folder, **flags), folder, environments)
 
 
 def finish(world: Path, folder: Path, processes: int = 1, **flags: Any) -> None:
@@ -198,7 +155,7 @@ def test_two_processes_break_off_a_look_together_and_make_up_for_it(
     assert_same_rows(whole_by_two["lora"], tmp_path / "run", "metrics.jsonl", "eval.jsonl")
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_a_signal_to_the_launcher_reaches_all(
     world: Path, tmp_path: Path, rng: random.Random, name: str, whole_by_two: dict[str, Path]
 ) -> None:

@@ -147,9 +147,9 @@ def test_every_loss_trains(
         return references[-1]
 
     monkeypatch.setattr(loop, "frozen_copy", spy)
-    folder = train(loss=loss, max_train_steps=20, **NEEDED.get(loss, {}) | flags)
+    folder = train(loss=loss, max_train_steps=4, **NEEDED.get(loss, {}) | flags)
     rows = read_metrics(folder / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, 21))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert (folder / "curves.png").stat().st_size > 10_000
     start = load_file(world / "epsilon" / "unet" / "diffusion_pytorch_model.safetensors")
@@ -381,7 +381,7 @@ def test_captions_scores_and_signs_are_stacked_winners_first(world: Path) -> Non
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_run_equals_the_uninterrupted_one(train: Train, workers: int) -> None:
-    flags = {"max_train_steps": 14, "checkpointing_steps": 5, "lr_scheduler": "cosine",
+    flags = {"max_train_steps": 8, "checkpointing_steps": 3, "lr_scheduler": "cosine",
              "gradient_accumulation_steps": 2, "random_crop": True,
              "dataloader_num_workers": workers}  # fmt: skip
     whole, parts = train("whole", **flags), train("parts", **flags)
@@ -464,7 +464,7 @@ def test_metrics_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"resolution": 18}, "resolution is 18; this VAE and UNet need a multiple of 4"),
+        ({"resolution": 18}, "resolution is 18; this VAE and denoiser need a multiple of 4"),
         ({"resume_from_checkpoint": "checkpoint-7"}, "'checkpoint-7' is no checkpoint.*has: none"),
         ({"max_train_steps": 0}, "max_train_steps is 0; need more than 0"),
         ({"label_noise_prob": 1.5}, "label_noise_prob is 1.5; need a share from 0 to 1"),
