@@ -38,6 +38,7 @@ from fastpref_kernels import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 L2 = 2**16
+FIRST_OF_KIND = {family.kind: link for link, family in reversed(cases.FAMILIES.items())}.values()
 REPLAY_MS = 8.0
 
 
@@ -131,10 +132,17 @@ def table(path: Path) -> list[dict[str, str]]:
 # Rows
 
 
+# All are measured alike: one of each kind.
+@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_rows_of_a_gpu(
-    gpu: StandIn | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    few: bool, gpu: StandIn | None, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Every column of every provider, the floor's too, in a file that report.py draws."""
+    if few:
+        kept = {link: cases.FAMILIES[link] for link in FIRST_OF_KIND}
+        monkeypatch.setattr(cases, "FAMILIES", kept)
+        monkeypatch.setattr(bench_loss, "FAMILIES", kept)
     words = ["--preset", "headline", "--shapes", "tiny", "--dtypes", "fp32,bf16", "--rounds", "2"]
     words += ["--providers", "eager", "fastpref", "floor", "--stacked", "--families", "tiny"]
     assert bench_loss.main([*words, "--output_dir", str(tmp_path)]) == 0
@@ -439,7 +447,6 @@ def test_a_captured_launch_finds_a_ticket(gpu: StandIn) -> None:
 
 
 DTYPES = [("fp32", "bf16"), ("bf16", "bf16")]
-FIRST_OF_KIND = {family.kind: link for link, family in reversed(cases.FAMILIES.items())}.values()
 
 
 # A dtype is read and written as it is whatever the link: the second one by a family of each kind.
@@ -672,7 +679,7 @@ def test_rows_of_choices(
     }
     monkeypatch.setattr(choices, "CHOICES", made)
     monkeypatch.setattr(choices, "LINKS_TIMED", ("mapo",))
-    assert choices.main(["--shapes", "tiny", "--rounds", "2", "--output_dir", str(tmp_path)]) == 1
+    assert choices.main(["--shapes", "tiny", "--rounds", "1", "--output_dir", str(tmp_path)]) == 1
     (path,) = tmp_path.glob("choices-*.csv")
     rows = table(path)
     assert [row["choice"] for row in rows] == ["as it is", "one program"]

@@ -235,7 +235,7 @@ def test_channels_last_of_other_ranks(dims: int, device: torch.device) -> None:
     check(pred, torch.cat([target_w, target_l]))
 
 
-@pytest.mark.parametrize("n_pairs", [1, 2, 5, 63, 300])
+@pytest.mark.parametrize("n_pairs", [1, 2, 5, 63, pytest.param(300, marks=pytest.mark.slow)])
 def test_many_pairs(n_pairs: int, device: torch.device) -> None:
     pred_w, pred_l, target_w, target_l = draw((n_pairs, 20), FP32, FP32, device)
     check((pred_w, pred_l), (target_w, target_l))
@@ -295,6 +295,7 @@ def test_negated_views(device: torch.device) -> None:
         check(torch.cat([pred_w, pred_l]), target)
 
 
+@pytest.mark.slow  # test_layouts has what kernels tell apart
 @given(
     shape=st.lists(st.integers(1, 9), min_size=2, max_size=5),
     order=st.randoms(use_true_random=False),

@@ -629,9 +629,17 @@ def test_formulas_in_fp64(name: str) -> None:
 # The first update after a rollout -----------------------------------------------------------------
 
 
+# Each dtype with each implementation, of which a sampler knows nothing.
 @each_impl
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    ("sampler", "dtype"),
+    covering.product(
+        [*SAMPLERS],
+        [FP32, BF16, FP16],
+        fast=covering.in_turn([*SAMPLERS], [FP32, BF16, FP16]),
+        ids=lambda sampler, dtype: f"{sampler}-{str(dtype)[6:]}",
+    ),
+)
 def test_the_first_update_has_a_ratio_of_exactly_1(
     sampler: str, dtype: torch.dtype, impl: str, device: torch.device
 ) -> None:

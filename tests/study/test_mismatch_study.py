@@ -62,7 +62,12 @@ def test_the_study_in_small(folder: Path, world: World) -> None:
     assert again == pytest.approx(result | {"seconds": again["seconds"]})
 
 
-@pytest.mark.parametrize("method", ["MaPO", "DPO+winner", "KTO", "RankDPO", "DSPO"])
+# One of pairs and one of samples; each loss's kernels have tests of their own.
+@pytest.mark.parametrize(
+    "method",
+    ["MaPO", "KTO", *(pytest.param(each, marks=pytest.mark.slow)
+                      for each in ("DPO+winner", "RankDPO", "DSPO"))],
+)  # fmt: skip
 def test_fused_and_plain_losses_give_the_same_curves(
     folder: Path, device: torch.device, method: str
 ) -> None:

@@ -400,7 +400,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one(train: Train, workers: int) 
     "flags",
     [
         {"loss": "dpo"},
-        {"loss": "dpo", "inversion": "ddim", "inversion_steps": 2, "inversion_eta": 0.1},
+        pytest.param(
+            {"loss": "dpo", "inversion": "ddim", "inversion_steps": 2, "inversion_eta": 0.1},
+            marks=pytest.mark.slow,
+        ),
         {"loss": "smpo", "inversion": "renoise", "inversion_steps": 2, **SCORES},
     ],
 )
