@@ -69,7 +69,7 @@ if not LACKING:
     from trainer.families.loading import frozen_copy
     from trainer.families.sdxl import SDXL
     from trainer.lora import add_lora, trainable
-    from trainer.losses import objective_of
+    from trainer.objective import objective_of
     from trainer.optim import clip_or_skip, make_optimizer, poison
     from trainer.step import Models, training_step
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from accelerate.tracking import get_available_trackers
 
-from trainer.losses import Objective, check_layout, inversion_options
+from trainer.losses import check_layout, inversion_options
+from trainer.objective import Objective
 
 PACKAGES = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}  # that optimizers need
 POSITIVE = (

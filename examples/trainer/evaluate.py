@@ -19,7 +19,7 @@ from trainer.data.batches import Collator
 from trainer.data.pairs import PreferencePairs
 from trainer.families.family import Encoders, Family, denoiser_of, encoders_of
 from trainer.families.vae import encode_images
-from trainer.losses import objective_of
+from trainer.objective import objective_of
 from trainer.step import Models, training_step
 
 

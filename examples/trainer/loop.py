@@ -55,9 +55,9 @@ from trainer.families.loading import (
 )
 from trainer.files import remove_leftovers
 from trainer.lora import add_lora, without_adapters
-from trainer.losses import Objective
 from trainer.metrics import MetricsLog, truncate_metrics
 from trainer.monitor import Monitor
+from trainer.objective import Objective
 from trainer.optim import Learner, check_sharding, make_learner
 from trainer.plots import plot_curves
 from trainer.sampling import PromptSampler

@@ -14,7 +14,8 @@ from trainer.families.family import Encoders, Family
 from trainer.families.process import repeated
 from trainer.families.vae import encode_images
 from trainer.lora import without_adapters
-from trainer.losses import Objective, Output
+from trainer.losses import Output
+from trainer.objective import Objective
 
 
 class Models(NamedTuple):

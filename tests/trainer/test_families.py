@@ -27,8 +27,8 @@ from trainer.families.loading import check_base
 from trainer.families.process import DDPM, FLOW
 from trainer.families.vae import decode_latents, encode_images
 from trainer.lora import add_lora, trainable
-from trainer.losses import Objective, objective_of
 from trainer.metrics import read_metrics
+from trainer.objective import Objective, objective_of
 from trainer.step import Models, training_step
 
 MODELS = {"epsilon": "sdxl", "sd15": "sd15", "sd3": "sd3"}  # in the small world, and their families

@@ -26,8 +26,9 @@ from trainer.data.loader import load_data, train_rows
 from trainer.families.loading import load_denoiser, load_encoders, load_scheduler
 from trainer.families.process import repeated
 from trainer.loop import draws_of, sizes_of, start
-from trainer.losses import LOSSES, Objective, by_prompt, layout_of
+from trainer.losses import LOSSES, layout_of
 from trainer.metrics import divide, health_of, read_metrics
+from trainer.objective import Objective, by_prompt
 from trainer.step import Models, latents_of, training_step
 
 GROUPS = [loss for loss in LOSSES if layout_of(loss) != "pairs"]

@@ -43,8 +43,9 @@ from trainer.data import loader
 from trainer.export import KOHYA_FILE, LORA_FILE
 from trainer.families.process import min_snr
 from trainer.families.sdxl import SDXL
-from trainer.losses import LOSSES, Objective
+from trainer.losses import LOSSES
 from trainer.metrics import read_metrics
+from trainer.objective import Objective
 
 LORA: dict[str, Any] = {"lora_rank": 4, "learning_rate": 1e-2}
 

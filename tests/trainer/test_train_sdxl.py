@@ -34,8 +34,9 @@ from trainer.data.sources import load_pairs
 from trainer.families.loading import frozen_copy
 from trainer.families.sdxl import SDXL
 from trainer.files import whole_folder
-from trainer.losses import INVERSIONS, LOSSES, OPTIONS, Objective, layout_of
+from trainer.losses import INVERSIONS, LOSSES, OPTIONS, layout_of
 from trainer.metrics import append_metrics, read_metrics, truncate_metrics
+from trainer.objective import Objective
 
 PAIRS = [loss for loss in LOSSES if layout_of(loss) == "pairs"]  # the others: test_groups.py
 # What a loss cannot do without.
