@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,43 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # tensors are tiny: more threads only wait for one another
+
+
+def patch_once() -> None:
+    """Triton's interpreter replaces what triton.language has when a kernel starts, and looks all of
+    it through again for each function that the kernel calls, which is two thirds of its time."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    if not hasattr(interpreter, "_LangPatchScope"):  # another version's
+        return
+    real, done = interpreter._patch_lang, set[str]()
+    modules: dict[Any, set[str]] = {}
+
+    def patch(fn: Any) -> Any:
+        if fn not in modules:
+            found = (value for value in fn.__globals__.values() if isinstance(value, ModuleType))
+            modules[fn] = {each.__name__ for each in found}
+        names = modules[fn] & {"triton.language", "triton.language.core"}
+        if names and names <= done:
+            return interpreter._LangPatchScope()  # with nothing to restore
+        scope = real(fn)
+        done.update(names)
+        restore = scope.restore
+
+        def restored() -> None:
+            done.clear()
+            restore()
+
+        scope.restore = restored
+        return scope
+
+    interpreter._patch_lang = patch
+
+
+if not HAS_GPU:
+    patch_once()
 
 # What test files need beyond torch, triton, pytest, numpy, mpmath and hypothesis. `pytest --bare`,
 # which `make gpu-check` runs, leaves out files (and tests marked "needs") whose packages are
