@@ -37,6 +37,8 @@ class PipelineArguments:
     pretrained_config_name_or_path: str | None = arg(None, metavar="NAME",
         help="for a base or VAE in one file: the hub name or folder of a pipeline, whose "
         "configurations and tokenizers it has [SDXL's or SD1.5's own, from the hub]")
+    prediction_type: str | None = arg(None, choices=["epsilon", "v_prediction"],
+        help="what the UNet of SD1.5, 2.x or SDXL predicts; by default what its scheduler says")
     revision: str | None = arg(None, help="revision of the model on the hub")
     variant: str | None = arg(None, help="variant of the model files, such as fp16")
 
@@ -47,8 +49,6 @@ class ModelArguments(PipelineArguments):
 
     _argument_group_name = "model"
     cache_dir: str | None = arg(None, help="where downloads and prepared data sets are kept")
-    prediction_type: str | None = arg(None, choices=["epsilon", "v_prediction"],
-        help="what the UNet of SD1.5, 2.x or SDXL predicts; by default what its scheduler says")
     lora_rank: int | None = arg(None, metavar="R",
         help="train adapters of this rank instead of the whole denoiser; they are also their own "
         "reference: the model without them")
@@ -245,9 +245,7 @@ def parse_args(argv: list[str] | None = None, family: Family = SDXL) -> Training
         args.optimizer, args.use_8bit_adam = "adamw_8bit", False  # kept under one name
     args.output_dir = args.output_dir or f"{family.name}-{args.loss}"
     args.resolution = args.resolution or [family.resolution]
-    prompts = args.validation_prompts
-    if prompts and os.path.isfile(prompts[0]):  # for which a long prompt is no error
-        args.validation_prompts = read_prompts(Path(prompts[0]))
+    args.validation_prompts = prompts_of(args.validation_prompts)
     check_args(args)
     # Trackers, cards and files get the other arguments to keep.
     token, args.hub_token = args.hub_token, None
@@ -256,11 +254,27 @@ def parse_args(argv: list[str] | None = None, family: Family = SDXL) -> Training
     return args
 
 
+def prompts_of(words: list[str] | None) -> list[str] | None:
+    """The prompts that a flag gives, or those of the file that it names."""
+    for word in words or ():
+        if word.endswith(".txt") or os.path.isfile(word):  # for which a long prompt is no error
+            if len(words or ()) > 1:
+                raise ValueError(
+                    f"--validation_prompts: {word} is a file; need it alone, or prompts"
+                )
+            return read_prompts(Path(word))
+    return words
+
+
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a text file: one a line, empty lines left out."""
     if not path.is_file():
         raise ValueError(f"{path} is no file; need a text file with one prompt a line")
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8 ({error}); need it to be") from error
+    prompts = [line.strip() for line in text.splitlines()]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
         raise ValueError(f"{path} holds no prompt; need one a line")

@@ -75,11 +75,12 @@ def table(head: tuple[str, str], rows: Iterable[tuple[str, Any]]) -> str:
 def snippet(family: Family, base_model: str, repo: str, lora: bool) -> str:
     """The code that opens the model: a LoRA upon its base, or a pipeline by itself."""
     source = base_model if lora else repo
+    how = "from_single_file" if source.endswith(".safetensors") else "from_pretrained"
     lines = [
         "import torch",
         f"from diffusers import {family.pipeline.__name__}",
         "",
-        f"pipeline = {family.pipeline.__name__}.from_pretrained(",
+        f"pipeline = {family.pipeline.__name__}.{how}(",
         f"    {json.dumps(source)}, torch_dtype=torch.bfloat16",
         ').to("cuda")',
     ]

@@ -50,6 +50,8 @@ def to_kohya(
         assert family.kohya_name is not None
         adapters = {family.kohya_name(n, model.config): value for n, value in adapters.items()}
     named = convert_state_dict_to_kohya({f"{part}.{name}": v for name, v in adapters.items()})
+    if len(family.texts) == 1:  # which kohya's scripts do not number
+        named = {n.replace("lora_te1_", "lora_te_", 1): value for n, value in named.items()}
     alpha = float(model.peft_config["default"].lora_alpha)
     # The converter writes the rank for each alpha.
     return {
@@ -87,9 +89,11 @@ def write_lora(
     if not kohya:
         return [LORA_FILE]
     # AUTOMATIC1111 lists a file whose metadata lacks the base among the LoRAs of SD 1.
-    about = {
-        "ss_base_model_version": family.kohya_base, "ss_network_module": "networks.lora",
-    }  # fmt: skip
+    assert family.kohya_base is not None
+    base = family.kohya_base(models[family.denoiser].config)
+    about = {"ss_base_model_version": base, "ss_network_module": "networks.lora"}
+    if base == "sd_v2":
+        about["ss_v2"] = "True"
     write_tensors(folder / KOHYA_FILE, kohya, {"format": "pt", **about})
     return [LORA_FILE, KOHYA_FILE]
 

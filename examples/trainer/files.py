@@ -18,6 +18,17 @@ ASIDE = ".tmp-"
 ABANDONED_SECONDS = 3600  # after which nobody is still writing
 
 
+def make_folder(flag: str, folder: Path) -> None:
+    """Make a folder that a flag names. Raises: ValueError, where that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{flag} {folder}: the folder cannot be made ({error.strerror}); need one that can be "
+            "written to"
+        ) from error
+
+
 def mode_of_new(path: Path) -> int:
     """The permissions that a new file gets; makes it."""
     path.touch()
@@ -56,7 +67,9 @@ def whole_folder(folder: Path, accelerator: Accelerator | None = None) -> Iterat
 
     With an accelerator every process enters and writes, and the main one renames once all are done.
     """
-    aside = folder.with_name(f"{ASIDE}{folder.name}")
+    # Alone, it may have a twin in another run; together, all have to agree on the name.
+    mark = f"{os.getpid()}-" if accelerator is None else ""
+    aside = folder.with_name(f"{ASIDE}{mark}{folder.name}")
     is_main = accelerator is None or accelerator.is_main_process
     if is_main:
         shutil.rmtree(aside, ignore_errors=True)
@@ -76,9 +89,12 @@ def whole_folder(folder: Path, accelerator: Accelerator | None = None) -> Iterat
         for path in aside.rglob("*"):
             if path.is_file():
                 path.chmod(mode)
+        old = folder.with_name(f"{ASIDE}old-{mark}{folder.name}")
         if folder.exists():
-            remove(folder)
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(folder, old)
         os.replace(aside, folder)
+        shutil.rmtree(old, ignore_errors=True)
     if accelerator is not None:
         accelerator.wait_for_everyone()
 

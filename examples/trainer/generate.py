@@ -10,6 +10,7 @@ With --guidance a third column: both models at once, or the trained one led away
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
+from safetensors import safe_open
 
 from trainer.args import PipelineArguments, read_prompts
 from trainer.config import Parser
@@ -25,6 +27,8 @@ from trainer.export import LORA_FILE
 from trainer.families.all import family_of
 from trainer.families.family import DTYPES, Family, denoiser_of, encoders_of
 from trainer.families.loading import load_pipeline, read_config
+from trainer.families.vae import check_vae
+from trainer.files import make_folder
 from trainer.guidance import (
     HELP,
     TRAINED,
@@ -53,8 +57,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument
     flag("--cache_dir", help="where downloads are kept")
     flag("--trained", required=True, type=Path, metavar="PATH",
-         help=f"what a run left: a folder with {LORA_FILE} or pipeline/, a pipeline, a UNet, or a "
-         "LoRA's .safetensors file, kohya's too")
+         help=f"what a run left: a folder with {LORA_FILE} or pipeline/, a pipeline, its denoiser, "
+         "or a LoRA's .safetensors file, kohya's too")
     flag("--prompts", required=True, type=Path, metavar="FILE", help="a text file, a prompt a line")
     flag("--output", default=Path("grid.png"), type=Path, metavar="FILE",
          help="the grid: a row for each prompt, columns base and trained, and guided if asked for")
@@ -63,11 +67,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--guidance_scale", type=float, default=5.0, help="1 or less: no guidance")
     flag("--guidance", metavar="HOW", help=HELP)
     flag("--seed", type=int, default=0, help="of the first prompt's noise; the next has seed + 1")
-    flag("--height", type=int, default=1024, help="of a picture, in pixels")
-    flag("--width", type=int, default=1024, help="of a picture, in pixels")
+    flag("--height", type=int, help="of a picture, in pixels [the family's: 1024, SD1.5 512]")
+    flag("--width", type=int, help="of a picture, in pixels [as --height]")
     flag("--mixed_precision", choices=list(DTYPES),
          default="bf16" if torch.cuda.is_available() else "no",
-         help="of UNet and text encoders; the VAE decodes in fp32")
+         help="of denoiser and text encoders; the VAE decodes in fp32")
     args = parser.parse_args(argv)
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("--mixed_precision is fp16 on a machine without a GPU; need no or bf16")
@@ -113,22 +117,58 @@ def load_base(args: argparse.Namespace, device: torch.device) -> tuple[Family, A
             pipeline = load_single_file(family.pipeline, source, config, dtype, **parts)
     else:
         pipeline = load_pipeline(args, family, torch_dtype=dtype, **parts)
+    with about(f"{source}:"):
+        check_vae({**pipeline.vae.config, "_class_name": type(pipeline.vae).__name__})
+    if args.prediction_type:
+        pipeline.scheduler = type(pipeline.scheduler).from_config(
+            pipeline.scheduler.config, prediction_type=args.prediction_type
+        )
     return family, pipeline.to(device)
 
 
-def install(family: Family, pipeline: Any, trained: Path) -> None:
+def install_lora(family: Family, pipeline: Any, path: Path) -> None:
+    """Load a LoRA, of whose layers the denoiser has to have some."""
+    try:
+        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=TRAINED)
+    except RuntimeError as error:  # of another width
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"--trained {path} does not fit the {family.denoiser}: {reason}"
+        ) from error
+    with safe_open(path, "pt") as file:
+        names = [*file.keys()]
+    of_text = all(name.startswith(("text_encoder", "lora_te")) for name in names)
+    if not of_text and TRAINED not in getattr(denoiser_of(family, pipeline), "peft_config", {}):
+        raise ValueError(f"--trained {path} holds no layer of this base's {family.denoiser}; need "
+                         f"a LoRA of a {family.pipeline.__name__}")  # fmt: skip
+
+
+def check_fits(family: Family, base: Any, trained: Path) -> None:
+    """Raise a ValueError for a trained denoiser of another kind than the base's."""
+    found = {**base.config, "_class_name": type(base).__name__}
+    wanted = json.loads((trained / "config.json").read_text())
+    for name in ("_class_name", "in_channels", "cross_attention_dim", "joint_attention_dim",
+                 "addition_embed_type"):  # fmt: skip
+        if found.get(name) != wanted.get(name):
+            raise ValueError(
+                f"--trained {trained} has {name} {wanted.get(name)!r}, and the base "
+                f"{found.get(name)!r}; need the base that it was trained from"
+            )
+
+
+def install(args: argparse.Namespace, family: Family, pipeline: Any, trained: Path) -> None:
     """Put what was trained into the pipeline, in the place of the base's denoiser or upon it."""
     if trained.is_file():
-        folder, name = trained.parent, trained.name
-        pipeline.load_lora_weights(folder, weight_name=name, adapter_name=TRAINED)
+        install_lora(family, pipeline, trained)
         return
     base = denoiser_of(family, pipeline)
     device, dtype = base.device, base.dtype
+    check_fits(family, base, trained)
     del base
-    setattr(pipeline, family.denoiser, None)  # so that there is never room needed for two
+    setattr(pipeline, family.denoiser, None)  # two at once would take twice the memory
     setattr(pipeline, family.denoiser, load_trained(family, trained, device, dtype))
     config = scheduler_config(trained)
-    if config is not None:  # a run may have been told another prediction type
+    if config is not None and not args.prediction_type:  # a run may have been told another type
         pipeline.scheduler = type(pipeline.scheduler).from_config(config)
 
 
@@ -141,7 +181,8 @@ def sample(
 ) -> list[Image.Image]:
     """A picture of each prompt, by the pipeline as it is."""
     sampler = PromptSampler(
-        family, prompts, encoders_of(family, pipeline), pipeline.device, args.height, args.width,
+        family, prompts, encoders_of(family, pipeline), pipeline.device,
+        args.height or family.resolution, args.width or family.resolution,
         args.num_inference_steps, args.guidance_scale, args.seed, load_vae=lambda: pipeline.vae,
     )  # fmt: skip
     applied = guidance.applied if guidance is not None else nullcontext
@@ -152,6 +193,7 @@ def main(args: argparse.Namespace) -> None:
     """Paint with the base, then with what was trained, and write the pictures."""
     prompts = read_prompts(args.prompts)
     trained = find_trained(args.trained)
+    make_folder("--output", args.output.absolute().parent)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     family, pipeline = load_base(args, device)
     if args.guidance is not None:
@@ -160,7 +202,7 @@ def main(args: argparse.Namespace) -> None:
     pictures = {"base": sample(args, family, pipeline, prompts)}  # before a LoRA is there
     full = not trained.is_file()
     base = denoiser_of(family, pipeline) if args.guidance is not None and full else None
-    install(family, pipeline, trained)
+    install(args, family, pipeline, trained)
     pictures["trained"] = sample(args, family, pipeline, prompts)
     if args.guidance is not None:
         with about("--guidance"):

@@ -26,7 +26,8 @@ HELP = (
     "the base's prediction in the first step to the trained one's, by linear (the default), "
     "power[:P], step[:P], base or draft. negative:PATH[:M]: guidance away from a model trained by "
     "npo or self_npo, a PATH as of --trained; M from 0 (the default) to 1 is how much of the "
-    "trained model is left out of it. Only the UNet is another: text encoders are the trained ones"
+    "trained model is left out of it. Only the denoiser is another: text encoders are the trained "
+    "ones"
 )
 
 

@@ -53,7 +53,7 @@ from trainer.families.loading import (
     load_vae,
     side_factor,
 )
-from trainer.files import remove_leftovers
+from trainer.files import make_folder, remove_leftovers
 from trainer.lora import add_lora, without_adapters
 from trainer.metrics import MetricsLog, truncate_metrics
 from trainer.monitor import Monitor
@@ -165,7 +165,7 @@ def start(args: TrainingArguments, family: Family) -> Accelerator:
     set_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        make_folder("--output_dir", output_dir)
         remove_leftovers(output_dir)
     accelerator.wait_for_everyone()
     return accelerator
@@ -267,7 +267,9 @@ def load_models(
     if args.torch_compile:
         # Widths, training and not, adapters on and off: more variants than it allows by default.
         torch._dynamo.config.cache_size_limit = 64
-        denoiser.compile_repeated_blocks()
+        for module in denoiser.modules():
+            if type(module).__name__ == family.blocks[0]:
+                module.compile()
     denoiser.train()
     models = Models(denoiser, encoders, scheduler, frozen, learns_text, accelerator.autocast)
     return models, learning

@@ -69,11 +69,17 @@ def kind_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return "something else"
 
 
-def check_base(path: Path, base: str, folder: Path, given: Mapping[str, Any]) -> None:
-    """Refuse a file that is no base of this kind, lacks parts, or does not fit the config."""
+def check_kind(path: Path, base: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of a file's tensors; refuses one that is no base of this kind."""
     shapes = read_shapes(path)
     if (kind := kind_of(shapes)) != base:
         raise ValueError(f"path: {path} holds {kind}, need {base} in the original layout")
+    return shapes
+
+
+def check_file(path: Path, base: str, folder: Path, given: Mapping[str, Any]) -> None:
+    """Refuse a file that is no base of this kind, lacks parts, or does not fit the config."""
+    shapes = check_kind(path, base)
     prefixes = {"unet": (UNET,), "vae": (VAE,), "text_encoder": (CLIP, OPEN_CLIP)}
     if base == SDXL_LAYOUT:
         prefixes |= {"text_encoder": (CLIP_XL,), "text_encoder_2": (OPEN_CLIP_XL,)}
@@ -136,8 +142,10 @@ def load_single_file(
     for number in ("", "_2") if is_xl else ("",):
         needed += [f"text_encoder{number}/config.json", f"tokenizer{number}/tokenizer_config.json"]
     needed = [name for name in needed if name.split("/")[0] not in parts]
+    wanted = SDXL_LAYOUT if is_xl else SD_LAYOUT
+    check_kind(path, wanted)  # before anything is fetched
     folder = config_folder(config, ["model_index.json", *needed])
-    check_base(path, SDXL_LAYOUT if is_xl else SD_LAYOUT, folder, parts)
+    check_file(path, wanted, folder, parts)
     if is_xl and "text_encoder_2" not in parts:
         parts["text_encoder_2"] = second_encoder(path, folder, dtype)
     if not is_xl:  # else diffusers warns of a missing checker, and wants what prepares its pictures

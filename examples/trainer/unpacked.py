@@ -65,7 +65,9 @@ def unpacked(args: TrainingArguments, family: Family, name: str, whole: bool) ->
             part: Any = read(family, path, config, whole, dtype_of(path))
         except ValueError as error:
             reason = str(error).removeprefix("path: ").replace("config: ", f"{CONFIG_FLAG} ")
-            raise ValueError(f"{flag} {reason}") from error
+            raise ValueError(
+                f"{flag} {reason if name in reason else f'{name}: {reason}'}"
+            ) from error
         with whole_folder(folder) as aside:
             part.save_pretrained(aside)
     return str(folder)

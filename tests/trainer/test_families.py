@@ -23,7 +23,7 @@ from trainer.data.sources import load_pairs
 from trainer.export import KOHYA_FILE, LORA_FILE
 from trainer.families.all import FAMILIES, family_of
 from trainer.families.family import Family, denoiser_of, encoders_of
-from trainer.families.loading import check_base
+from trainer.families.loading import check_base, load_encoders
 from trainer.families.process import DDPM, FLOW
 from trainer.families.vae import decode_latents, encode_images
 from trainer.lora import add_lora, trainable
@@ -386,3 +386,49 @@ def test_a_family_is_found_by_its_pipeline() -> None:
         assert family_of({"_class_name": family.pipeline.__name__}) is family
     with pytest.raises(ValueError, match="it is a FluxPipeline; need one of StableDiffusionXLPip"):
         family_of({"_class_name": "FluxPipeline"})
+
+
+def test_single_files_are_refused_before_a_run_that_could_not_write_one(world: Path) -> None:
+    args = parse_args(argv(world, world / "never", model="sd3", single_file=True))
+    with pytest.raises(ValueError, match="--single_file came, but there is no original layout of"):
+        check_base(args, FAMILIES["sd3"])
+
+
+def test_a_vae_of_another_width_is_refused(world: Path) -> None:
+    wide = world / "wide_vae"
+    shutil.copytree(world / "sd3" / "vae", wide, dirs_exist_ok=True)
+    config = json.loads((wide / "config.json").read_text())
+    (wide / "config.json").write_text(json.dumps({**config, "latent_channels": 16}))
+    flags: dict[str, Any] = {"model": "sd3", "pretrained_vae_model_name_or_path": wide}
+    with pytest.raises(ValueError, match=r"latents have 16 channels; the transformer .* needs 4"):
+        check_base(parse_args(argv(world, world / "never", **flags)), FAMILIES["sd3"])
+
+
+@every_family
+def test_text_encoders_have_the_precision_of_the_pipelines(
+    world: Path, load: Any, model: str
+) -> None:
+    """transformers keeps some layers of T5 in fp32 where it loads it in fp16."""
+    family = family_named(model)
+    args: Any = parse_args(argv(world, world / "never", model=model))
+    args.mixed_precision = "fp16"
+    ours = load_encoders(args, family, torch.device("cpu")).text_encoders
+    theirs = family.pipeline.from_pretrained(
+        world / model, torch_dtype=torch.float16, **family.options
+    )
+    for part, encoder in zip(family.texts, ours, strict=True):
+        expected = getattr(theirs, part.encoder).state_dict()
+        found = encoder.state_dict()
+        assert {n: v.dtype for n, v in found.items()} == {n: v.dtype for n, v in expected.items()}
+
+
+@every_family
+def test_compiled_blocks_are_those_of_the_family(
+    train: Train, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__)
+    )
+    train(model=model, torch_compile=True, max_train_steps=1)
+    assert {*compiled} == {family_named(model).blocks[0]}

@@ -59,7 +59,7 @@ from trainer.data.shards import (
 )
 from trainer.families.family import VAE_DTYPES, Encoders, Family, Text
 from trainer.families.vae import encode_images
-from trainer.files import ABANDONED_SECONDS, remove_leftovers
+from trainer.files import ABANDONED_SECONDS, make_folder, remove_leftovers
 
 # In every key. Count up when images.open_image or fit, or this file, changes what is stored.
 FORMAT = 1
@@ -484,7 +484,7 @@ def build_cache(
 
     if lacking.any():
         if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder("--latent_cache", folder)
             remove_leftovers(folder, ABANDONED_SECONDS)
         accelerator.wait_for_everyone()
         with ShardWriter(folder, accelerator.process_index) as writer:

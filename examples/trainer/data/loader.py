@@ -59,7 +59,7 @@ def all_rows(
         name, split, args.cache_dir,
         [column for column in (args.loser_caption_column, *extra) if column],
         # Those of samples and lists are not those of the held-out pairs beside them.
-        **(columns if len(args.image_columns) == 2 else {}),
+        **(columns if layout_of(args.loss) == "pairs" else {}),
         caption_column=args.caption_column, streaming=streaming,
     )  # fmt: skip
 

@@ -78,7 +78,7 @@ class Family(NamedTuple):
     text_layers: Callable[[int, Any], int]
     # (a layer of the denoiser, its configuration) -> its name in kohya's files, where one is needed
     kohya_name: Callable[[str, Config], str] | None
-    kohya_base: str  # what such a file's metadata calls the base
+    kohya_base: Callable[[Config], str] | None  # what such a file's metadata calls the base
     tags: tuple[str, ...]  # of a model card
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer
 
 from trainer.families.family import DTYPES, VAE_DTYPES, Config, Encoders, Family
 from trainer.families.vae import check_vae
+from trainer.original_layout import unet_names
 
 
 def where(args: Any) -> dict[str, Any]:
@@ -49,7 +51,10 @@ def check_base(args: Any, family: Family) -> None:
     try:
         index = read_config(family.pipeline, source, **where(args))
         check_parts(index, family)
-        family.check(denoiser_config(args, family))
+        denoiser = denoiser_config(args, family)
+        family.check(denoiser)
+        if args.single_file:
+            check_single_file(family, denoiser)
         scheduler = read_config(
             family.process.scheduler, source, subfolder="scheduler", **where(args)
         )
@@ -61,11 +66,25 @@ def check_base(args: Any, family: Family) -> None:
     except ValueError as error:
         raise ValueError(f"--pretrained_model_name_or_path {source}: {error}") from error
     try:
-        check_vae(vae_config(args))
+        vae = vae_config(args)
+        check_vae(vae)
+        if vae["latent_channels"] != denoiser["in_channels"]:
+            raise ValueError(
+                f"its VAE's latents have {vae['latent_channels']} channels; the "
+                f"{family.denoiser} of {source} needs {denoiser['in_channels']}"
+            )
     except ValueError as error:
         named = args.pretrained_vae_model_name_or_path
         flag = f"--pretrained_{'vae_' if named else ''}model_name_or_path {named or source}"
         raise ValueError(f"{flag}: {error}") from error
+
+
+def check_single_file(family: Family, denoiser: Config) -> None:
+    """Raise a ValueError for what --single_file cannot be written of."""
+    if family.config is None:
+        raise ValueError(f"--single_file came, but there is no original layout of {family.name} "
+                         "here; need SD1.5, 2.x or SDXL, or no --single_file")  # fmt: skip
+    unet_names(SimpleNamespace(**denoiser))
 
 
 def check_parts(index: Mapping[str, Any], family: Family) -> None:
@@ -76,7 +95,8 @@ def check_parts(index: Mapping[str, Any], family: Family) -> None:
     names = [family.denoiser, "vae", "scheduler", *wanted, *(p.tokenizer for p in family.texts)]
     absent = [name for name in names if not (index.get(name) or [None])[0]]
     if absent:
-        raise ValueError(f"it is a {kind} without {', '.join(absent)}; need a {needed}")
+        raise ValueError(f"it is a {kind} without {', '.join(absent)}; need a {needed} with all of "
+                         f"{', '.join(names)}")  # fmt: skip
     for name, model in wanted.items():
         if index[name][1] != model:
             raise ValueError(f"its {name} is a {index[name][1]}; need a {model}, as a {needed} has")
@@ -113,11 +133,16 @@ def load_encoders(args: Any, family: Family, device: torch.device) -> Encoders:
         for part in family.texts
     ]
     text_encoders = [
+        # The precision is told to the loader, which keeps some layers of T5 in fp32.
         part.model.from_pretrained(
-            source, subfolder=part.encoder, variant=args.variant, **where(args)
+            source,
+            subfolder=part.encoder,
+            variant=args.variant,
+            **where(args),
+            dtype=DTYPES[args.mixed_precision],
         )
         .requires_grad_(False)
-        .to(device, DTYPES[args.mixed_precision])
+        .to(device)
         for part in family.texts
     ]
     return Encoders(load_vae(args).to(device), tokenizers, text_encoders)

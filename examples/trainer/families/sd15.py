@@ -48,6 +48,11 @@ def kohya_name(name: str, config: Config) -> str:
     return name
 
 
+def kohya_base(config: Config) -> str:
+    """2.x has OpenCLIP's wider states."""
+    return "sd_v2" if config["cross_attention_dim"] == 1024 else "sd_v1"
+
+
 SD15 = Family(
     name="sd15",
     pipeline=StableDiffusionPipeline,
@@ -69,6 +74,6 @@ SD15 = Family(
     blocks=BLOCKS,
     text_layers=text_layers,
     kohya_name=kohya_name,
-    kohya_base="sd_v1",
+    kohya_base=kohya_base,
     tags=("stable-diffusion",),
 )

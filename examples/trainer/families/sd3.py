@@ -118,6 +118,6 @@ SD3 = Family(
     blocks=["JointTransformerBlock"],
     text_layers=text_layers,
     kohya_name=None,  # ComfyUI and kohya's scripts read diffusers' own file
-    kohya_base="",
+    kohya_base=None,
     tags=("stable-diffusion-3",),
 )  # fmt: skip

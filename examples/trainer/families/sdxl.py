@@ -68,6 +68,10 @@ def kohya_name(name: str, config: Mapping[str, Any]) -> str:
     return original_name(name, config["layers_per_block"])
 
 
+def kohya_base(config: Mapping[str, Any]) -> str:
+    return "sdxl_base_v1-0"
+
+
 SDXL = Family(
     name="sdxl",
     pipeline=StableDiffusionXLPipeline,
@@ -92,6 +96,6 @@ SDXL = Family(
     blocks=BLOCKS,
     text_layers=text_layers,
     kohya_name=kohya_name,
-    kohya_base="sdxl_base_v1-0",
+    kohya_base=kohya_base,
     tags=("stable-diffusion-xl",),
 )
