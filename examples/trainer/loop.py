@@ -267,9 +267,9 @@ def load_models(
     if args.torch_compile:
         # Widths, training and not, adapters on and off: more variants than it allows by default.
         torch._dynamo.config.cache_size_limit = 64
-        for module in denoiser.modules():
-            if type(module).__name__ == family.blocks[0]:
-                module.compile()
+        if not denoiser._repeated_blocks:  # as of SD3's transformer
+            denoiser._repeated_blocks = family.blocks
+        denoiser.compile_repeated_blocks()
     denoiser.train()
     models = Models(denoiser, encoders, scheduler, frozen, learns_text, accelerator.autocast)
     return models, learning

@@ -24,6 +24,7 @@ from trainer.metrics import read_metrics
 NEEDED = ["--pretrained_model_name_or_path", "base", "--dataset_name", "pairs"]
 TRAINER = str(ROOT / "examples" / "train_sdxl.py")
 RECIPES = sorted((ROOT / "examples" / "configs" / "recipes").glob("*.yaml"))
+FAST = ("mapo_sdxl", "inpo_sdxl", "linear_dpo_sd15", "dcpo_sd21", "flow_dpo_sd3")  # in make test
 MODELS = {"sdxl": "epsilon", "sd15": "sd15", "sd21": "sd15", "sd3": "sd3"}  # of small_run
 
 
@@ -275,7 +276,14 @@ def test_a_recipe_is_read_and_says_where_it_is_from(recipe: Path) -> None:
     assert re.search(r"Source: .* Different here: .* Not run here on the real model\.", text)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(recipe, marks=[] if recipe.stem in FAST else [pytest.mark.slow])
+        for recipe in RECIPES
+    ],
+    ids=lambda recipe: recipe.stem,
+)
 def test_a_recipe_trains(train: Train, recipe: Path) -> None:
     meant = vars(read(recipe))
     model = MODELS[recipe.stem.rpartition("_")[2]]

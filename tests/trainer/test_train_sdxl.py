@@ -437,7 +437,8 @@ def test_half_written_checkpoints_are_never_picked_up(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-10").mkdir()
     assert find_checkpoint("latest", tmp_path) == tmp_path / "checkpoint-10"
     (tmp_path / ".tmp-checkpoint-11").touch()  # what stops the writing of checkpoint-11
-    with pytest.raises(FileExistsError), whole_folder(tmp_path / "checkpoint-11"):
+    checkpoint = tmp_path / "checkpoint-11"
+    with pytest.raises(FileExistsError), whole_folder(checkpoint, Accelerator()):
         pass
     (tmp_path / ".tmp-checkpoint-11").unlink()
     assert find_checkpoint("latest", tmp_path) == tmp_path / "checkpoint-10"
