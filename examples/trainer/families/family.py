@@ -110,3 +110,12 @@ def encoders_of(family: Family, pipeline: Any) -> Encoders:
 
 def denoiser_of(family: Family, pipeline: Any) -> Any:
     return getattr(pipeline, family.denoiser)
+
+
+def named_embeds(embedded: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    """What a pipeline's encode_prompt returns, by the names that its call takes it under."""
+    names = (
+        "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    )  # fmt: skip
+    return {n: each for n, each in zip(names, embedded, strict=False) if each is not None}

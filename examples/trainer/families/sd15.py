@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from trainer.families.family import Config, Family, Text, TextPart
+from trainer.families.family import Config, Family, Text, TextPart, named_embeds
 from trainer.families.process import DDPM
 from trainer.families.unet import BLOCKS, LORA_LAYERS, check_unet, halvings, predict, tokenize
 
@@ -34,8 +34,7 @@ def condition(text: Text, time_ids: Tensor) -> dict[str, Any]:
 
 def embed_prompt(pipeline: Any, prompt: str, device: Any, guided: bool) -> dict[str, Tensor]:
     embedded = pipeline.encode_prompt(prompt, device, 1, guided)
-    names = ("prompt_embeds", "negative_prompt_embeds")
-    return {n: tensor for n, tensor in zip(names, embedded, strict=True) if tensor is not None}
+    return named_embeds(embedded)
 
 
 def text_layers(encoder: int, config: Any) -> int:

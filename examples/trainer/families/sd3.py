@@ -10,7 +10,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from trainer.families.family import Config, Family, Text, TextPart
+from trainer.families.family import Config, Family, Text, TextPart, named_embeds
 from trainer.families.process import FLOW
 
 T5_LENGTH = 256  # tokens of a caption, as the pipeline takes by default
@@ -77,12 +77,7 @@ def embed_prompt(pipeline: Any, prompt: str, device: Any, guided: bool) -> dict[
         prompt, None, None, device=device, do_classifier_free_guidance=guided,
         max_sequence_length=min(T5_LENGTH, pipeline.tokenizer_3.model_max_length),
     )  # fmt: skip
-    names = ("", "negative_", "pooled_", "negative_pooled_")
-    return {
-        f"{name}prompt_embeds": tensor
-        for name, tensor in zip(names, embedded, strict=True)
-        if tensor is not None
-    }
+    return named_embeds(embedded)
 
 
 def text_layers(encoder: int, config: Any) -> int:

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from trainer.families.family import Config, Family, Text, TextPart
+from trainer.families.family import Config, Family, Text, TextPart, named_embeds
 from trainer.families.process import DDPM
 from trainer.families.unet import (
     BLOCKS,
@@ -51,12 +51,7 @@ def condition(text: Text, time_ids: Tensor) -> dict[str, Any]:
 
 def embed_prompt(pipeline: Any, prompt: str, device: Any, guided: bool) -> dict[str, Tensor]:
     embedded = pipeline.encode_prompt(prompt, device=device, do_classifier_free_guidance=guided)
-    names = ("", "negative_", "pooled_", "negative_pooled_")
-    return {
-        f"{name}prompt_embeds": tensor
-        for name, tensor in zip(names, embedded, strict=True)
-        if tensor is not None
-    }
+    return named_embeds(embedded)
 
 
 def text_layers(encoder: int, config: Any) -> int:
