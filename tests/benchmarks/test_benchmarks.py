@@ -668,6 +668,7 @@ def test_a_choice_holds_for_its_own_launches_alone(monkeypatch: pytest.MonkeyPat
     assert before == launch.MAX_PROGRAMS
 
 
+@pytest.mark.slow
 def test_rows_of_choices(
     gpu: StandIn | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -477,7 +477,7 @@ def test_hooks_that_replace_forward_may_come_and_go(sdxl: World) -> None:
     assert "forward" not in vars(sdxl.model) or sdxl.model.forward.__self__ is sdxl.model
 
 
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("in_place", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_models_are_guided(sdxl: World, in_place: bool) -> None:
     base = copy.deepcopy(sdxl.model)
     add_lora(sdxl.model, "tuned", 1)

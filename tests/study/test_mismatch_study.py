@@ -363,6 +363,7 @@ def test_a_killed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert path.read_bytes() == b"{}"
 
 
+@pytest.mark.slow
 def test_guided_models_of_the_study(folder: Path, world: World, tmp_path: Path) -> None:
     """All rows of a small job, and what must be equal to another model's pictures."""
     small = {name: SMALL[name] for name in ("base_steps", "judge_steps")}

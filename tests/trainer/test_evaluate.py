@@ -207,6 +207,7 @@ def score_in_a_process(rank: int, port: int, folder: Path) -> None:
     os._exit(0)  # to destroy a gloo group joins its threads, one of which may wait for the GIL
 
 
+@pytest.mark.slow
 def test_two_processes_score_as_one(tmp_path: Path) -> None:
     pipeline = tiny()
     expected = hold_out(pipeline).score(models_of(pipeline))

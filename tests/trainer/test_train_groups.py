@@ -268,6 +268,7 @@ def test_scores_are_checked_before_the_first_step(train: Train, groups: Path) ->
     train(**flags | {"loss": "plackett_luce"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["kto", pytest.param("rankdpo", marks=pytest.mark.slow)])
 def test_the_demo_shows_them(tmp_path: Path, loss: str) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
