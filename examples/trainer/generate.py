@@ -26,7 +26,7 @@ from trainer.config import Parser
 from trainer.export import LORA_FILE
 from trainer.families.all import family_of
 from trainer.families.family import DTYPES, Family, denoiser_of, encoders_of
-from trainer.families.loading import load_pipeline, read_config
+from trainer.families.loading import load_pipeline, read_config, where
 from trainer.families.vae import check_vae
 from trainer.files import make_folder
 from trainer.guidance import (
@@ -96,13 +96,12 @@ def about(flag: str) -> Iterator[None]:
 def load_base(args: argparse.Namespace, device: torch.device) -> tuple[Family, Any]:
     """The base's family and pipeline, on `device`."""
     source = args.pretrained_model_name_or_path
-    where = {"revision": args.revision, "cache_dir": args.cache_dir}
     dtype, parts = DTYPES[args.mixed_precision], {}
     with about(f"--pretrained_model_name_or_path {source}:"):
         if is_file(source):
             family = family_of_file(Path(source))
         else:
-            family = family_of(read_config(DiffusionPipeline, source, **where))
+            family = family_of(read_config(DiffusionPipeline, source, **where(args)))
     config = config_of(args, family) or source
     vae = args.pretrained_vae_model_name_or_path
     if is_file(vae):

@@ -253,11 +253,11 @@ def load_models(
     if args.lora_rank:
         denoiser.to(accelerator.device, dtype)
         texts = encoders.text_encoders if learns_text else []
-        having = add_lora(args, family, denoiser, texts)
+        adapted = add_lora(args, family, denoiser, texts)
         learning |= {
             part.encoder: encoder
             for part, encoder in zip(family.texts, encoders.text_encoders, strict=True)
-            if encoder in having
+            if encoder in adapted
         }
     elif objective.needs_reference:
         # The base, whatever checkpoint is loaded later: never a half-trained model.

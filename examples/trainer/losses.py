@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import inspect
 import re
@@ -15,6 +16,7 @@ from fastpref import dispatch, grouped, inversion
 from fastpref.outputs import SampleOutput
 from trainer.config import arg
 
+# What an item is: a winner and a loser; one image, desirable or not; or k images with scores.
 Layout: TypeAlias = Literal["pairs", "samples", "lists"]
 Functions: TypeAlias = Mapping[str, Callable[..., Any]]
 
@@ -66,6 +68,7 @@ def layout_of(loss: str) -> Layout:
     return MODULES[LOSSES[loss].__module__]
 
 
+@functools.cache
 def parameters(function: Callable[..., Any]) -> dict[str, Any]:
     """The arguments a function takes, with their defaults; None for those behind its **knobs."""
     known = inspect.signature(function).parameters

@@ -25,6 +25,8 @@ from trainer.args import TrainingArguments
 from trainer.families.family import Family
 from trainer.lora import trainable
 
+UNSPLIT = "one process, or DDP (examples/configs/accelerate/ddp.yaml)"
+
 
 def make_optimizer(
     args: TrainingArguments, parameters: list[torch.nn.Parameter], learning_rate: float
@@ -127,11 +129,11 @@ def check_sharding(args: TrainingArguments, family: Family, accelerator: Acceler
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         for flag in ("use_ema", "train_text_encoder"):
             if getattr(args, flag):
-                raise ValueError(f"--{flag} came with {kind.value}; need one process, or DDP "
-                                 "(examples/configs/accelerate/ddp.yaml)")  # fmt: skip
+                raise ValueError(f"--{flag} came with {kind.value}; need {UNSPLIT}")
         if args.optimizer in ("adafactor", "prodigy"):
-            raise ValueError(f"--optimizer {args.optimizer} came with {kind.value}; need adamw, "
-                             "or one process or DDP (configs/accelerate/ddp.yaml)")  # fmt: skip
+            raise ValueError(
+                f"--optimizer {args.optimizer} came with {kind.value}; need adamw, or {UNSPLIT}"
+            )
     if kind == DistributedType.FSDP:
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = list(family.blocks)
     if kind == DistributedType.DEEPSPEED:

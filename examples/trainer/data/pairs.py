@@ -21,7 +21,6 @@ from trainer.data.images import BadImage, Size, fit, open_image
 from trainer.losses import Layout
 
 COLUMNS = ("jpg_0", "jpg_1", "label_0", "caption")
-# What an item is: a winner and a loser; one image, desirable or not; or k images with scores.
 ROW = "source_row"  # a row's number where it comes from, if something may have been left out since
 ATTEMPTS = 20  # bad pairs in a row before a run gives up
 # (epoch, index): all that the randomness of a sample depends on, with the seed
